@@ -1,0 +1,311 @@
+"""The bi-encoder: one transformer, a (weighted) mean over its token states, one vector a text.
+
+Query and passage go through the same network; the score of a pair is the dot product of their two
+vectors.  Three options matter for an encoder that was never trained for retrieval: weights that
+make rare tokens count more in the mean, a centre (the mean embedding of some passages) that is
+subtracted, and normalisation to length 1, which turns the dot product into a cosine.  Contriever
+and its kind need none of them.
+
+A model is saved in the sentence-transformers folder format, so `SentenceTransformer(folder)` gives
+the same vectors.  For cheap training the lower layers can be frozen and their states kept.
+"""
+
+import contextlib
+import hashlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers import AutoModel, AutoTokenizer
+
+from repro.checkpoints import built_once, cache_dir, load_pretrained, pick_device, pick_dtype, sha256_of
+from repro.folders import read_modules, save_folder
+from repro.lists import lists_from_jsonl
+
+AUTHORED = Path(__file__).parents[1] / "cached_prompts" / "authored.jsonl"
+
+
+@dataclass
+class Tokens:
+    """n texts as token ids, with the states that the frozen lower layers made of them, if those are kept."""
+
+    ids: list[list[int]]  # n lists of 1..max_length ids
+    states: list[Tensor] | None = None  # n tensors (length, hidden)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, rows: slice | Sequence[int]) -> "Tokens":
+        rows = range(len(self))[rows] if isinstance(rows, slice) else rows
+        return Tokens([self.ids[r] for r in rows], self.states and [self.states[r] for r in rows])
+
+
+class BiEncoder(nn.Module):
+    """Transformer -> weighted mean over tokens -> minus centre -> length 1; the last three are options.
+
+        e(x) = sum_t w[x_t] h_t / sum_t w[x_t] - c,   then e / |e| if `normalise`
+
+    with h_t the last layer's states, w = 1 for every token unless `token_weights` (V,) is given,
+    and c = 0 unless `centre` (d,) is given.  `prompts` are put in front of queries and passages
+    (E5's "query: "; the built-in encoder's start token, which gets weight 0).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        *,
+        pooling: str = "mean",
+        token_weights: Tensor | None = None,
+        centre: Tensor | None = None,
+        normalise: bool = False,
+        max_length: int = 256,  # the paper's length for queries and passages
+        prompts: dict[str, str] | None = None,
+    ):
+        super().__init__()
+        model.config.use_cache = False  # a causal model would keep keys and values that nobody reads
+        if getattr(model, "pooler", None) is not None:
+            model.pooler = None  # BERT's pooler is not part of e(x); DDP rejects parameters without gradient
+        self.model, self.tokenizer = model, tokenizer
+        self.pooling, self.normalise, self.max_length = pooling, normalise, max_length
+        self.prompts = {"query": "", "passage": "", **(prompts or {})}
+        self.frozen = 0  # how many lower layers are frozen
+        self.register_buffer("token_weights", token_weights)
+        self.register_buffer("centre", centre)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def tokenise(self, texts: Sequence[str], kind: str = "passage") -> Tokens:
+        """Texts to token ids, cut at `max_length`, the prompt of `kind` in front.  ValueError for another kind."""
+        if kind not in self.prompts:
+            raise ValueError(f"kind: expected one of {', '.join(sorted(self.prompts))}, got {kind!r}")
+        if not len(texts):
+            return Tokens([])
+        prompted = [self.prompts[kind] + text for text in texts]
+        ids = self.tokenizer(prompted, truncation=True, max_length=self.max_length)["input_ids"]
+        empty = [self.tokenizer.pad_token_id or 0]  # a text without a single token still needs one position
+        return Tokens([row or empty for row in ids])
+
+    def forward(self, *groups: Tokens, chunk: int | None = None) -> tuple[Tensor, ...]:
+        """One (n, d) matrix a group.  Queries and passages pass in one call, as DDP wants one call a step.
+
+        With `chunk`, so many texts are embedded at a time and only their embeddings are kept; the
+        backward pass computes the rest again (gradient caching, Gao et al. 2021, arXiv 2101.06983).
+        """
+        return tuple(self.embed(group) if chunk is None else self._embed_chunks(group, chunk) for group in groups)
+
+    def _embed_chunks(self, tokens: Tokens, chunk: int) -> Tensor:
+        parts = [tokens[start : start + chunk] for start in range(0, len(tokens), chunk)]
+        return torch.cat([checkpoint(self.embed, part, use_reentrant=False) for part in parts])
+
+    def embed(self, tokens: Tokens) -> Tensor:
+        """(n, d) embeddings with gradient, starting from the kept states if there are any."""
+        ids, mask = self._pad(tokens)
+        if tokens.states is None:
+            hidden = self.model(input_ids=ids, attention_mask=mask).last_hidden_state  # (n, L, d)
+        else:
+            below = nn.utils.rnn.pad_sequence(tokens.states, batch_first=True).to(self.device)  # (n, L, d)
+            with self._only_layers(self.frozen, None, entering=below):
+                hidden = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+        return self._pool(hidden.float(), ids, mask)
+
+    def _pad(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """Right-padded ids and attention mask, both (n, L)."""
+        lengths = torch.tensor([len(row) for row in tokens.ids])
+        rows = [torch.tensor(row) for row in tokens.ids]
+        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id or 0)
+        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+        return ids.to(self.device), mask.to(self.device)
+
+    def _pool(self, hidden: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        if self.pooling == "cls":
+            vectors = hidden[:, 0]
+        else:
+            weights = mask.float()  # (n, L)
+            if self.token_weights is not None:
+                weights = weights * self.token_weights[ids]
+            total = weights.sum(dim=1, keepdim=True).clamp(min=1e-9)  # sentence-transformers' guard
+            vectors = (weights.unsqueeze(1) @ hidden).squeeze(1) / total  # (n, d)
+        if self.centre is not None:
+            vectors = vectors - self.centre
+        return nn.functional.normalize(vectors, dim=1) if self.normalise else vectors
+
+    @torch.no_grad()
+    def encode(
+        self, texts: Sequence[str], kind: str = "passage", batch_size: int = 32, progress: bool = False
+    ) -> Tensor:
+        """Embeddings (n, d) of texts, float32, on the CPU, in the order given.
+
+        `kind` is "query" or "passage".  Texts are sorted by length, longest first, so that a batch
+        is padded as little as possible and a batch that does not fit in memory fails at once.
+        """
+        return self.encode_tokens(self.tokenise(texts, kind), batch_size, progress)
+
+    @torch.no_grad()
+    def encode_tokens(self, tokens: Tokens, batch_size: int = 32, progress: bool = False) -> Tensor:
+        """`encode` for texts that are tokenised already, with or without kept states."""
+        order = sorted(range(len(tokens)), key=lambda row: -len(tokens.ids[row]))
+        was_training = self.training
+        self.eval()
+        vectors = torch.empty(len(tokens), self.model.config.hidden_size)
+        with tqdm(total=len(tokens), desc="encode", unit="text", disable=not progress) as bar:
+            for start in range(0, len(order), batch_size):
+                rows = order[start : start + batch_size]
+                vectors[rows] = self.embed(tokens[rows]).cpu()
+                bar.update(len(rows))
+        self.train(was_training)
+        return vectors
+
+    def freeze(self, layers: int) -> None:
+        """Freeze the embeddings and the lowest `layers` layers; 0 leaves the whole model trainable.
+
+        Raises ValueError if that leaves no layer to train.
+        """
+        parent, name = self._layer_list()
+        stack = getattr(parent, name)
+        if not 0 <= layers < len(stack):
+            raise ValueError(f"frozen layers: expected 0 to {len(stack) - 1}, got {layers}")
+        self.frozen = layers
+        parameters = list(self.model.parameters())  # in order: embeddings, layers, a final norm
+        last_frozen = list(stack[layers - 1].parameters())[-1] if layers else None
+        border = next((n for n, p in enumerate(parameters, start=1) if p is last_frozen), 0)
+        for number, parameter in enumerate(parameters):
+            parameter.requires_grad_(number >= border)
+
+    @torch.no_grad()
+    def keep_states(self, tokens: Tokens, batch_size: int = 32, progress: bool = False) -> Tokens:
+        """The same tokens with what the frozen layers make of them: computed once, used in every step."""
+        states: list[Tensor] = [torch.empty(0)] * len(tokens)
+        order = sorted(range(len(tokens)), key=lambda row: -len(tokens.ids[row]))
+        self.eval()
+        with tqdm(total=len(tokens), desc="frozen layers", unit="text", disable=not progress) as bar:
+            for start in range(0, len(order), batch_size):
+                rows = order[start : start + batch_size]
+                ids, mask = self._pad(tokens[rows])
+                with self._only_layers(0, self.frozen) as leaving:
+                    self.model(input_ids=ids, attention_mask=mask)
+                for row, hidden in zip(rows, leaving[-1].cpu(), strict=True):
+                    states[row] = hidden[: len(tokens.ids[row])].clone()
+                bar.update(len(rows))
+        return Tokens(tokens.ids, states)
+
+    def _layer_list(self) -> tuple[nn.Module, str]:
+        """Where the transformer keeps its layers: the module and the attribute name of the ModuleList."""
+        depth = self.model.config.num_hidden_layers
+        for path, module in self.model.named_modules():
+            if isinstance(module, nn.ModuleList) and len(module) == depth:
+                parent, _, name = path.rpartition(".")
+                return self.model.get_submodule(parent), name
+        raise ValueError(f"{type(self.model).__name__}: found no list of {depth} layers, so none can be frozen")
+
+    @contextlib.contextmanager
+    def _only_layers(self, first: int, last: int | None, entering: Tensor | None = None) -> Iterator[list[Tensor]]:
+        """Run only layers first:last in this block, fed with `entering`; the list collects what leaves them.
+
+        Working on the ModuleList and with hooks, rather than on one model's own forward, is what
+        lets the same few lines serve Llama-, BERT- and other-shaped transformers.
+        """
+        parent, name = self._layer_list()
+        stack = getattr(parent, name)
+        part, leaving = stack[first:last], []
+
+        def enter(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            return ((entering, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": entering})
+
+        def leave(_: nn.Module, __: tuple, output: Any) -> None:
+            leaving.append(output[0] if isinstance(output, tuple) else output)
+
+        hooks = [part[-1].register_forward_hook(leave)]
+        if entering is not None:
+            hooks.append(part[0].register_forward_pre_hook(enter, with_kwargs=True))
+        setattr(parent, name, part)
+        try:
+            yield leaving
+        finally:
+            setattr(parent, name, stack)
+            for hook in hooks:
+                hook.remove()
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the model as a sentence-transformers folder (safetensors); the folder must not exist or be empty.
+
+        Modules: Transformer, WordWeights (the token weights), Pooling, Dense (identity with bias
+        -centre), Normalize; those that the model does not use are left out.
+        """
+        return save_folder(
+            Path(folder),
+            self.model,
+            self.tokenizer,
+            pooling=self.pooling,
+            token_weights=self.token_weights,
+            centre=self.centre,
+            normalise=self.normalise,
+            max_length=self.max_length,
+            prompts=self.prompts,
+        )
+
+    @classmethod
+    def load(cls, name: str | Path, device: str = "auto", dtype: str = "auto", **options: Any) -> "BiEncoder":
+        """Load `base`, a built-in name, a folder (this kit's, sentence-transformers' or plain), or a hub id.
+
+        `options` go to the constructor and win over what the folder says.  A plain transformer
+        gets mean pooling and raw dot products, as the paper uses Contriever.  Raises
+        CheckpointError if it cannot be loaded or needs a module that this kit does not have.
+        """
+        where = base_folder() if os.fspath(name) == "base" else name
+        target = pick_device(device)
+        found, subfolder = read_modules(where)
+        kind = {"subfolder": subfolder} if subfolder else {}
+        model = load_pretrained(where, AutoModel, dtype=pick_dtype(dtype, target), **kind)
+        tokenizer = load_pretrained(where, AutoTokenizer, **kind)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        limit = getattr(model.config, "max_position_embeddings", None) or 256
+        settings = {"max_length": min(256, limit), **found, **options}
+        return cls(model, tokenizer, **settings).to(target).eval()
+
+
+# The built-in encoder, "base".  Nothing in it was trained on a relevance label.  Layers and the SIF
+# constant were compared on the authored lists themselves, never on a test collection: see README.
+BASE_CHECKPOINT, BASE_LAYERS, SIF_A = "smollm2-135m", 6, 1e-4
+
+
+def sif_weights(ids: Sequence[Sequence[int]], vocabulary: int, a: float = SIF_A) -> Tensor:
+    """Smooth inverse frequency of each token, w = a / (a + p), p its share of all tokens: (V,).
+
+    Arora et al. 2017, "A Simple but Tough-to-Beat Baseline for Sentence Embeddings".
+    """
+    counts = torch.bincount(torch.tensor([token for row in ids for token in row]), minlength=vocabulary)
+    return a / (a + counts / counts.sum())
+
+
+def base_folder() -> Path:
+    """The built-in encoder as a folder in the cache, made once (about a minute): no label is used.
+
+    The lower 6 of SmolLM2-135M's 30 layers; a mean over tokens weighted by inverse frequency, counted
+    on the authored passages; centred on the mean embedding of the authored queries (a query's few
+    tokens share more of the constant part than a passage's many); cosine.
+    """
+    recipe = f"{BASE_CHECKPOINT} {BASE_LAYERS} sif {SIF_A} query centre {sha256_of(AUTHORED)}"
+    folder = cache_dir() / "models" / f"base-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
+    with built_once(folder) as scratch:
+        if scratch is not None:
+            print("building the untrained encoder `base` once", file=sys.stderr)
+            lists = lists_from_jsonl(AUTHORED)
+            model = load_pretrained(BASE_CHECKPOINT, AutoModel, num_hidden_layers=BASE_LAYERS, dtype=torch.float32)
+            encoder = BiEncoder(model, load_pretrained(BASE_CHECKPOINT, AutoTokenizer))
+            passages = encoder.tokenise([passage for item in lists for passage in item.passages])
+            encoder.token_weights = sif_weights(passages.ids, model.config.vocab_size)
+            encoder.centre = encoder.encode([item.query for item in lists], kind="query").mean(dim=0)
+            encoder.normalise = True
+            encoder.save(scratch)
+    return folder
