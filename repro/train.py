@@ -38,6 +38,9 @@ from repro.encoder import AUTHORED, BiEncoder, Tokens
 from repro.lists import Batch, GradedList, as_real, binary, collate, combine, cut, lists_from_beir, load_lists
 from repro.runs import identity, is_finished, machine, resume, save_checkpoint, write_json
 
+TokenSource = Callable[[list[str], str], Tokens]  # (texts, "query" or "passage") -> tokens
+
+FREEZE = 5  # of 6: one epoch with 5, 4 or 3 fixed ...
 LOSSES = ("infonce", "kl", "wasserstein_1d", "wasserstein_gaussian")
 
 
@@ -108,7 +111,7 @@ def training_lists(config: TrainConfig) -> list[GradedList]:
 def batch_loss(
     encoder: nn.Module,
     batch: Batch,
-    tokens: Callable[[list[str], str], Tokens],
+    tokens: TokenSource,
     loss: Callable[..., Tensor],
     chunk: int | None = None,
 ) -> Tensor:
@@ -133,19 +136,29 @@ def batch_loss(
     return loss(scores, labels, mask=mask)
 
 
-def token_source(encoder: BiEncoder, lists: list[GradedList], config: TrainConfig) -> Callable[[list[str], str], Tokens]:
-    """How the loop gets its tokens: tokenised on the fly, or looked up with the frozen layers' states."""
+def default_freeze(config: TrainConfig) -> int:
+    """How many lower layers stay fixed: as asked; else FREEZE of the built-in encoder's 6, none of another's."""
+    return config.freeze if config.freeze is not None else FREEZE if config.model == "base" else 0
+
+
+def token_source(
+    encoder: BiEncoder, queries: Sequence[str], passages: Sequence[str], state_gb: float = 8.0
+) -> TokenSource:
+    """How texts become tokens: tokenised on the fly, or looked up with the frozen layers' states.
+
+    The states of all the texts are computed here, once, if they fit in `state_gb`; if not, stderr
+    says so and the frozen layers run again in every step.
+    """
     if not encoder.frozen:
         return encoder.tokenise
-    texts = {"query": [item.query for item in lists], "passage": [p for item in lists for p in item.passages]}
-    unique = {kind: list(dict.fromkeys(group)) for kind, group in texts.items()}
-    tokens = {kind: encoder.tokenise(group, kind) for kind, group in unique.items()}
+    unique = {"query": list(dict.fromkeys(queries)), "passage": list(dict.fromkeys(passages))}
+    tokens = {kind: encoder.tokenise(texts, kind) for kind, texts in unique.items()}
     count = sum(len(row) for group in tokens.values() for row in group.ids)
     size = count * encoder.model.config.hidden_size * encoder.model.dtype.itemsize / 1e9
-    if size > config.state_gb:
+    if size > state_gb:
         print(
-            f"the frozen layers' states of {count} tokens need {size:.1f} GB, more than --state-gb "
-            f"{config.state_gb:g}; they are computed again in every step instead",
+            f"the frozen layers' states of {count} tokens need {size:.1f} GB, more than the {state_gb:g} GB "
+            "allowed (state_gb); they are computed again in every step instead",
             file=sys.stderr,
         )
         return encoder.tokenise
@@ -160,11 +173,16 @@ def learning_rate(step: int, steps: int, config_lr: float, warmup: float) -> flo
     return config_lr * min((step + 1) / rise, (steps - step) / max(1, steps - rise + 1))
 
 
-def train(config: TrainConfig, lists: list[GradedList] | None = None, progress: bool = True) -> dict[str, Any]:
+def train(
+    config: TrainConfig,
+    lists: list[GradedList] | None = None,
+    tokens: TokenSource | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
     """Train as the config says and write the model to `config.out`; returns what train.json holds.
 
-    `lists` replaces the ones that the config names (the notebook and the experiments pass their
-    own).  A finished run with the same settings is not repeated; an unfinished one is resumed from
+    `lists` replaces the ones that the config names, and `tokens` hands in the frozen layers' states
+    (a `token_source` of the same start and freeze), so that several runs can share them.  A finished run with the same settings is not repeated; an unfinished one is resumed from
     its last checkpoint and ends with the same weights as one that was never stopped.  Raises
     TrainError (a ValueError) or DataError before anything is written if the settings do not fit.
     """
@@ -183,13 +201,15 @@ def train(config: TrainConfig, lists: list[GradedList] | None = None, progress: 
     device = pick_device(config.device)
     encoder = BiEncoder.load(config.model, str(device), "float32")  # weights stay float32; dtype is autocast's
     autocast = pick_dtype(config.dtype, device)
-    freeze = config.freeze if config.freeze is not None else 3 if config.model == "base" else 0
+    freeze = default_freeze(config)
     encoder.freeze(freeze)
     temperature = config.temperature or (0.05 if encoder.normalise else 1.0)
     peak_lr = config.lr or (3e-4 if freeze else 1e-5)
     loss = loss_function(config, temperature)
     record["chosen"] = {"freeze": freeze, "temperature": temperature, "lr": peak_lr, "ranks": ranks}
-    tokens = token_source(encoder, lists, config)
+    if tokens is None:
+        texts = [item.query for item in lists], [passage for item in lists for passage in item.passages]
+        tokens = token_source(encoder, *texts, config.state_gb)
     encoder.train()
     model = nn.parallel.DistributedDataParallel(encoder) if ranks > 1 else encoder
     trainable = [p for p in encoder.parameters() if p.requires_grad]
