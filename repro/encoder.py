@@ -16,6 +16,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,11 @@ from repro.folders import read_modules, save_folder
 from repro.lists import lists_from_jsonl
 
 AUTHORED = Path(__file__).parents[1] / "cached_prompts" / "authored.jsonl"
+
+
+# Texts embedded together while training on a CPU, neighbours in length.  A batch of 64 authored passages
+# padded to its longest holds 1.42 times its tokens; in four parts of 16 it is 1.09.
+ROWS_ON_CPU = 16
 
 
 @dataclass
@@ -101,11 +107,14 @@ class BiEncoder(nn.Module):
         With `chunk`, so many texts are embedded at a time and only their embeddings are kept; the
         backward pass computes the rest again (gradient caching, Gao et al. 2021, arXiv 2101.06983).
         """
-        return tuple(self.embed(group) if chunk is None else self._embed_chunks(group, chunk) for group in groups)
+        return tuple(self._embed_by_length(group, chunk) for group in groups)
 
-    def _embed_chunks(self, tokens: Tokens, chunk: int) -> Tensor:
-        parts = [tokens[start : start + chunk] for start in range(0, len(tokens), chunk)]
-        return torch.cat([checkpoint(self.embed, part, use_reentrant=False) for part in parts])
+    def _embed_by_length(self, tokens: Tokens, chunk: int | None) -> Tensor:
+        rows = chunk or (ROWS_ON_CPU if self.device.type == "cpu" else len(tokens))
+        order = sorted(range(len(tokens)), key=lambda row: len(tokens.ids[row]))
+        run = partial(checkpoint, self.embed, use_reentrant=False) if chunk else self.embed
+        parts = [run(tokens[order[start : start + rows]]) for start in range(0, len(order), rows)]
+        return torch.cat(parts)[torch.tensor(order).argsort().to(self.device)]
 
     def embed(self, tokens: Tokens) -> Tensor:
         """(n, d) embeddings with gradient, starting from the kept states if there are any."""

@@ -109,13 +109,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--epochs", type=int, default=TrainConfig.epochs)
     parser.add_argument("--model", default=TrainConfig.model, help="the start of all arms (default: base)")
     parser.add_argument("--freeze", type=int, help="lower layers that stay fixed (default: as in repro.train)")
+    parser.add_argument("--lr", type=float, help="peak learning rate of all arms (default: as in repro.train)")
     parser.add_argument("--batch-size", type=int, default=TrainConfig.batch_size, help="lists in one loss")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where the trained models go")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", help="where the records go")
     args = parser.parse_args(argv)
     common = TrainConfig(
-        lists=list(args.lists), model=args.model, epochs=args.epochs, freeze=args.freeze,
+        lists=list(args.lists), model=args.model, epochs=args.epochs, freeze=args.freeze, lr=args.lr,
         batch_size=args.batch_size, device=args.device,
     )  # fmt: skip
     try:

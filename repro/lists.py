@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from repro.data import Corpus, DataError, Qrels, Queries, as_grade, load_beir, read_jsonl, text_field
+from repro.data import Corpus, Qrels, Queries, load_beir
+from repro.files import DataError, as_grade, read_jsonl, text_field
 
 
 @dataclass(frozen=True)

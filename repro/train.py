@@ -40,7 +40,9 @@ from repro.runs import identity, is_finished, machine, resume, save_checkpoint, 
 
 TokenSource = Callable[[list[str], str], Tokens]  # (texts, "query" or "passage") -> tokens
 
-FREEZE = 5  # of 6: one epoch with 5, 4 or 3 fixed ...
+# Lower layers of the built-in encoder that stay fixed.  On held-out authored lists, after 20 steps on 320
+# lists from nDCG@10 .636: .744 with 3 of 6 fixed, .694 with 5, which takes a third of the time.
+FREEZE = 3
 LOSSES = ("infonce", "kl", "wasserstein_1d", "wasserstein_gaussian")
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from repro.data import DataError, _hub_rows, load_beir, read_corpus, read_jsonl, read_qrels, read_queries
+from repro.data import DataError, _hub_rows, load_beir, read_corpus, read_qrels, read_queries
+from repro.files import read_jsonl
 
 CORPUS = [
     {"_id": "p1", "title": "Moon", "text": "The moon raises the tides."},
