@@ -1,7 +1,7 @@
 """The folder of a training run: what identifies it, its checkpoints, and how it goes on after a kill.
 
 A run is known by its settings and a hash of its lists.  A checkpoint is one safetensors file with
-the trainable weights, AdamW's moments and the random state; nothing is pickled, and the file is
+the trainable weights and AdamW's moments; nothing is pickled, and the file is
 replaced whole, so a kill at any moment leaves the one before.
 """
 
@@ -59,14 +59,11 @@ def is_finished(out: Path, record: dict[str, Any]) -> bool:
 
 
 def save_checkpoint(work: Path, step: int, seconds: float, trainable: list[Tensor], optimiser: torch.optim.Optimizer) -> None:
-    """Weights, AdamW's two moments and the random state after `step` steps, in one file that is replaced whole."""
+    """Weights and AdamW's two moments after `step` steps, in one file that is replaced whole."""
     tensors = {f"weight.{n}": p.detach().cpu().contiguous() for n, p in enumerate(trainable)}
     for n, parameter in enumerate(trainable):
         for key, value in optimiser.state[parameter].items():
             tensors[f"{key}.{n}"] = value.detach().cpu().contiguous()
-    tensors["rng"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors["rng_cuda"] = torch.cuda.get_rng_state()
     save_file(tensors, work / "state.tmp", metadata={"step": str(step), "seconds": str(seconds)})
     os.replace(work / "state.tmp", work / "state.safetensors")
 
@@ -78,7 +75,7 @@ def resume(
     shutil.rmtree(work / "model", ignore_errors=True)  # a save that did not end
     if (work / "settings.json").exists():
         check_same_run(work / "settings.json", record)
-    path, log = work / "state.safetensors", work / "log.jsonl"
+    path = work / "state.safetensors"
     done, seconds = 0, 0.0
     if path.exists():
         with safe_open(path, "pt") as file:
@@ -89,14 +86,16 @@ def resume(
             keys = ("step", "exp_avg", "exp_avg_sq")
             state = {n: {key: file.get_tensor(f"{key}.{n}") for key in keys} for n in range(len(trainable))}
             optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
-            torch.set_rng_state(file.get_tensor("rng"))
-            if torch.cuda.is_available() and "rng_cuda" in file.keys():
-                torch.cuda.set_rng_state(file.get_tensor("rng_cuda"))
         print(f"{work}: goes on after step {done}", file=sys.stderr)
-    if log.exists():  # steps after the checkpoint are run, and logged, again
-        lines = log.read_text(encoding="utf-8").splitlines(keepends=True)[:done]
-        log.write_text("".join(lines), encoding="utf-8")
     return done, seconds
+
+
+def trim_log(work: Path, done: int) -> None:
+    """Keep the first `done` lines of the log: steps behind the checkpoint are run, and logged, again."""
+    work.mkdir(parents=True, exist_ok=True)
+    log = work / "log.jsonl"
+    lines = log.read_text(encoding="utf-8").splitlines(keepends=True)[:done] if log.exists() else []
+    log.write_text("".join(lines), encoding="utf-8")
 
 
 def machine(device: torch.device) -> dict[str, Any]:

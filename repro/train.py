@@ -36,7 +36,7 @@ from repro import losses
 from repro.checkpoints import pick_device, pick_dtype
 from repro.encoder import AUTHORED, BiEncoder, Tokens
 from repro.lists import Batch, GradedList, as_real, binary, collate, combine, cut, lists_from_beir, load_lists
-from repro.runs import identity, is_finished, machine, resume, save_checkpoint, write_json
+from repro.runs import identity, is_finished, machine, resume, save_checkpoint, trim_log, write_json
 
 TokenSource = Callable[[list[str], str], Tokens]  # (texts, "query" or "passage") -> tokens
 
@@ -199,7 +199,6 @@ def train(
         raise TrainError(
             f"batch_size: expected a multiple of the {ranks} ranks between 1 and the {len(lists)} lists, got {config.batch_size}"
         )
-    torch.manual_seed(config.seed)
     device = pick_device(config.device)
     encoder = BiEncoder.load(config.model, str(device), "float32")  # weights stay float32; dtype is autocast's
     autocast = pick_dtype(config.dtype, device)
@@ -219,8 +218,10 @@ def train(
     per_epoch = len(lists) // config.batch_size  # a last, smaller batch would be another loss; it is left out
     steps = config.epochs * per_epoch
     start, seconds = resume(work, record, trainable, optimiser) if work.exists() else (0, 0.0)
+    if ranks > 1:
+        dist.barrier()  # every rank has looked before the first one writes
     if rank == 0:
-        work.mkdir(parents=True, exist_ok=True)
+        trim_log(work, start)
         write_json(work / "settings.json", record)
     began = time.monotonic() - seconds
     bar = tqdm(total=steps, initial=start, desc=f"train {config.loss}", unit="step", disable=not progress or rank > 0)
@@ -232,6 +233,7 @@ def train(
             batch = collate([lists[j] for j in chosen])
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate(step, steps, peak_lr, config.warmup)
+            torch.manual_seed((config.seed * steps + step) * ranks + rank)  # dropout's; nothing to save for a resume
             with torch.autocast(device.type, autocast, enabled=autocast != torch.float32):
                 value = batch_loss(model, batch, tokens, loss, config.chunk)
             value.backward()
@@ -278,9 +280,14 @@ def main(argv: list[str] | None = None) -> int:
     config = TrainConfig(**vars(parser.parse_args(argv)))
     distributed = "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1
     if distributed:
-        dist.init_process_group("nccl" if config.device == "auto" and torch.cuda.is_available() else "gloo")
+        on_cuda = config.device in ("auto", "cuda") and torch.cuda.is_available()
+        if on_cuda:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if on_cuda else "gloo")
     try:
         record = train(config)
+        if distributed and dist.get_rank() > 0:
+            return 0
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
