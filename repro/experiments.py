@@ -9,6 +9,7 @@ the same command goes on after a kill.  Records hold ids and scores, no text of 
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -67,6 +68,16 @@ def train_arms(
     return folders
 
 
+def training_of(model: str) -> dict[str, Any] | None:
+    """What a record says about how its model was trained: settings, steps, minutes; None if it was not."""
+    path = Path(model) / "train.json"
+    if not path.is_file():
+        return None
+    run = json.loads(path.read_text(encoding="utf-8"))
+    settings = {key: value for key, value in run["settings"].items() if key not in ("lists", "model", "real")}
+    return {"settings": settings} | {key: run[key] for key in ("chosen", "queries", "lists_sha256", "steps", "minutes")}
+
+
 def score_collection(
     data: str, folders: Mapping[tuple[str, int], Path], results: Path, common: TrainConfig, state_gb: float = 16.0
 ) -> None:
@@ -95,7 +106,7 @@ def score_collection(
                 tokens = token_source(encoder, list(queries.values()), list(corpus.values()), state_gb)
             scorer = FromStates(encoder, tokens)
         record = {"collection": name, "arm": arm, "seed": seed, **evaluate_model(scorer, corpus, queries, qrels, progress=True)}
-        write_json(results / name / f"{key}.json", record | {"model": key})
+        write_json(results / name / f"{key}.json", record | {"model": key, "training": training_of(model)})
         print(f"{name}, {key}: nDCG@10 {record['metrics']['ndcg@10']:.4f}", flush=True)
 
 

@@ -45,7 +45,9 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1 or self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
-            raise GenerateError(f"sampling: expected max_new_tokens >= 1, temperature >= 0, 0 < top_p <= 1, got {self}")
+            raise GenerateError(
+                f"sampling: expected max_new_tokens >= 1, temperature >= 0, 0 < top_p <= 1, got {self}"
+            )
 
 
 def free_memory(device: torch.device) -> int:
@@ -85,7 +87,9 @@ class LocalGenerator:
         self.batch_limit: int | None = None  # set when memory ran out
         quick_head(model)
         if not plain and not tokenizer.chat_template:
-            raise GenerateError(f"{name}: the tokenizer has no chat template; use --no-chat-template for plain text")
+            raise GenerateError(
+                f"{name}: the tokenizer has no chat template; use --no-chat-template for plain text"
+            )
         ends = model.generation_config.eos_token_id if model.generation_config else None
         ends = ends if isinstance(ends, list) else [ends]
         self.stop = {token for token in [*ends, tokenizer.eos_token_id] if token is not None}
@@ -96,9 +100,13 @@ class LocalGenerator:
         if self.plain:
             return self.tokenizer("\n\n".join(turn["content"] for turn in chat) + "\n\n")["input_ids"]
         try:
-            ids = self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=False)
+            ids = self.tokenizer.apply_chat_template(
+                chat, add_generation_prompt=True, tokenize=True, return_dict=False
+            )
         except Exception as error:  # the template is a program that came with the model
-            raise GenerateError(f"{self.name}: its chat template refuses this prompt: {str(error)[:200]}") from error
+            raise GenerateError(
+                f"{self.name}: its chat template refuses this prompt: {str(error)[:200]}"
+            ) from error
         return list(ids)
 
     def check(self, where: str, chat: Chat, sampling: Sampling) -> int:
@@ -112,7 +120,7 @@ class LocalGenerator:
         return length
 
     def rows(self, longest: int, sampling: Sampling) -> int:
-        """How many prompts of `longest` tokens go into one batch: as asked for, or what the memory limit allows.
+        """How many prompts of `longest` tokens make one batch: as asked for, or what the memory limit allows.
 
         A row needs its keys and values (twice, while rows are moved), the logits, and the activations
         of its prompt.  Without --memory-gb the limit is 60 % of the free memory.
@@ -131,8 +139,8 @@ class LocalGenerator:
             free = self.memory_gb * 1024**3 - weights
             if free < row:
                 raise GenerateError(
-                    f"--memory-gb {self.memory_gb:g}: the weights take {weights / 1024**3:.2f} GB and one row "
-                    f"{row / 1024**3:.2f} GB; give more memory"
+                    f"--memory-gb {self.memory_gb:g}: the weights take {weights / 1024**3:.2f} GB "
+                    f"and one row {row / 1024**3:.2f} GB; give more memory"
                 )
         else:
             free = 0.6 * free_memory(self.model.device)
@@ -149,25 +157,34 @@ class LocalGenerator:
         prompts = [self.prompt_ids(chat) for chat in chats]
         for key, prompt in zip(keys, prompts, strict=True):
             if len(prompt) + sampling.max_new_tokens > self.context:
-                raise GenerateError(f"{key}: {len(prompt)} tokens and the reply exceed the context of {self.context}")
+                raise GenerateError(
+                    f"{key}: {len(prompt)} tokens and the reply exceed the context of {self.context}"
+                )
         noise = torch.stack([row_noise(key, sampling.max_new_tokens) for key in keys])
         options = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
         ids: list[list[int]] = []
         while len(ids) < len(prompts):
             start, end = len(ids), len(ids) + (self.batch_limit or len(prompts))
             try:
-                ids += decode(self.model, prompts[start:end], noise[start:end], self.stop, on_step=on_step, **options)
+                ids += decode(
+                    self.model, prompts[start:end], noise[start:end], self.stop, on_step=on_step, **options
+                )
                 continue
             except (RuntimeError, MemoryError) as error:
                 count = min(end, len(prompts)) - start
                 if not is_out_of_memory(error):
                     raise
                 if count == 1:
-                    raise GenerateError(f"{self.name}: memory ran out with a single prompt in the batch") from error
+                    raise GenerateError(
+                        f"{self.name}: memory ran out with a single prompt in the batch"
+                    ) from error
                 self.batch_limit = (count + 1) // 2
             if self.model.device.type == "cuda":
                 torch.cuda.empty_cache()
-            print(f"memory ran out with {count} prompts a batch; going on with {self.batch_limit}", file=sys.stderr)
+            print(
+                f"memory ran out with {count} prompts a batch; going on with {self.batch_limit}",
+                file=sys.stderr,
+            )
         return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 
@@ -190,10 +207,18 @@ class ServerGenerator:
     """A model behind an OpenAI-compatible endpoint, e.g. base_url http://127.0.0.1:8000/v1."""
 
     def __init__(
-        self, base_url: str, model: str, workers: int = 8, timeout: float = 120.0, tries: int = 5, pause: float = 1.0
+        self,
+        base_url: str,
+        model: str,
+        workers: int = 8,
+        timeout: float = 120.0,
+        tries: int = 5,
+        pause: float = 1.0,
     ) -> None:
         if not base_url.startswith(("http://", "https://")):
-            raise GenerateError(f"--base-url {base_url!r}: expected an address that starts with http:// or https://")
+            raise GenerateError(
+                f"--base-url {base_url!r}: expected an address that starts with http:// or https://"
+            )
         self.name, self.url = model, base_url.rstrip("/") + "/chat/completions"
         self.workers, self.timeout, self.tries, self.pause = workers, timeout, tries, pause
 
@@ -224,8 +249,14 @@ class ServerGenerator:
     def one(self, chat: Chat, key: str, sampling: Sampling) -> str:
         """One request; repeated with growing pauses on 429, 5xx and lost connections."""
         seed = int(row_noise(key, 1).item() * 2**31)
-        body = {"model": self.name, "messages": chat, "max_tokens": sampling.max_new_tokens, "seed": seed,
-                "temperature": sampling.temperature, "top_p": sampling.top_p}
+        body = {
+            "model": self.name,
+            "messages": chat,
+            "max_tokens": sampling.max_new_tokens,
+            "seed": seed,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+        }
         headers = {"Content-Type": "application/json"}
         secret = os.environ.get("OPENAI_API_KEY", "")
         if secret:

@@ -41,12 +41,16 @@ def query_likelihood(
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     scores = [0.0] * len(rows)
     pad = min(generator.stop) if generator.stop else 0
-    for start in tqdm(range(0, len(order), batch_size), desc="likelihood", unit="batch", disable=not progress):
+    for start in tqdm(
+        range(0, len(order), batch_size), desc="likelihood", unit="batch", disable=not progress
+    ):
         chosen = order[start : start + batch_size]
         ids, mask = left_pad([rows[i] for i in chosen], pad, model.device)
         longest = max(counts[i] for i in chosen)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        logits = model(ids, attention_mask=mask, position_ids=positions, logits_to_keep=longest + 1).logits[:, :-1]
+        logits = model(ids, attention_mask=mask, position_ids=positions, logits_to_keep=longest + 1).logits[
+            :, :-1
+        ]
         log_p = logits.float().log_softmax(-1).gather(-1, ids[:, -longest:, None])[..., 0]
         for row, i in enumerate(chosen):
             scores[i] = log_p[row, longest - counts[i] :].mean().item() if counts[i] else float("nan")
@@ -54,6 +58,6 @@ def query_likelihood(
 
 
 def agreement(scores: Mapping[int, float]) -> float:
-    """Share of the pairs of levels that a score puts in the order of their grades; equal scores count as wrong."""
+    """Share of the pairs of levels that a score puts in the order of their grades; ties count as wrong."""
     pairs = [(high, low) for low, high in combinations(sorted(scores), 2)]
     return sum(scores[high] > scores[low] for high, low in pairs) / len(pairs) if pairs else 1.0

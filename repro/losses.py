@@ -200,4 +200,4 @@ def _log_softmax(values: Tensor, temperature: float, mask: Tensor | None) -> Ten
         raise ValueError(f"temperature: expected a positive number, got {temperature!r}")
     if mask is not None:
         values = values.masked_fill(~mask, -math.inf)
-    return torch.log_softmax(values / temperature, dim=1)
+    return torch.log_softmax(values / temperature, dim=-1)

@@ -15,21 +15,26 @@ LONGEST_REPLY = 20_000  # characters; a longer reply is no reply to this prompt
 SHORTEST_PASSAGE, LONGEST_PASSAGE = 15, 90  # words; applies to single-passage replies
 WORDS = {"zero": 0, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5}
 NAMES = {  # from best to worst; a name tells the level only where all four levels are asked for
-    3: r"perfectly[ _-]relevant", 2: r"highly[ _-]relevant", 1: r"(?:partially[ _-])?related", 0: r"irrelevant",
+    3: r"perfectly[ _-]relevant",
+    2: r"highly[ _-]relevant",
+    1: r"(?:partially[ _-])?related",
+    0: r"irrelevant",
 }
 NUMBER = r"(?P<number>[0-9]{1,2}|" + "|".join(WORDS) + ")"
 NAME = r"(?P<name>" + "|".join(NAMES.values()) + ")"
 NOUN = r"(?P<noun>(?:relevance )?(?:level|grade|score|passage|rating)s?)"
 KEY = re.compile(rf"\W*(?:{NOUN}?[\s_:#-]*{NUMBER}\b.{{0,60}}|{NAME}(?:[\s_]passage)?)\W*", re.I)
 LABEL = re.compile(
-    rf"^[ \t#>_`\"'(\[-]*(?P<bold>\*\*)?\*?[ \t]*(?:{NOUN}[ \t]*[:#-]?[ \t]*{NUMBER}|(?P<bare>[0-9])|{NAME})(?![\w%])"
+    rf"^[ \t#>_`\"'(\[-]*(?P<bold>\*\*)?\*?[ \t]*"
+    rf"(?:{NOUN}[ \t]*[:#-]?[ \t]*{NUMBER}|(?P<bare>[0-9])|{NAME})(?![\w%])"
     r"(?:[ \t]*[.:(),*–—-]*[ \t]*\(?(?:" + "|".join(NAMES.values()) + r")(?![\w]))?"
     r"(?:[ \t_`\"'*)\]]*(?:[:.)=–—-]+[ \t*_`\"']*|$)|(?(bold)[:.)]*\*\*[ \t]*|(?!)))",
     re.I | re.M,
 )
 PAIR = re.compile(
     r"[\"']?(?P<key>(?:(?:level|grade)[ _]?)?(?:[0-9]{1,2}|" + "|".join(WORDS) + r"))[\"']?\s*:\s*"
-    r"(?:\"(?P<double>(?:[^\"\\]|\\.)*)\"|'(?P<single>[^\"]{0,1200}?)'(?=\s*(?:,\s*[\"']?[\w ]{1,12}[\"']?\s*:|,?\s*\}|,?\s*\Z)))",
+    r"(?:\"(?P<double>(?:[^\"\\]|\\.)*)\"|'(?P<single>[^\"]{0,1200}?)'"
+    r"(?=\s*(?:,\s*[\"']?[\w ]{1,12}[\"']?\s*:|,?\s*\}|,?\s*\Z)))",
     re.I | re.S,
 )
 FENCE = re.compile(r"`{3,}[ \t]*[a-zA-Z]*|~{3,}")
@@ -42,7 +47,9 @@ class ReplyError(ValueError):
 def tidy(text: str) -> str:
     """One line of plain text: no fences, outer quotes or markup, control characters or lone surrogates."""
     text = FENCE.sub(" ", text)
-    text = "".join(" " if ord(c) < 32 or 0x7F <= ord(c) < 0xA0 or 0xD800 <= ord(c) < 0xE000 else c for c in text)
+    text = "".join(
+        " " if ord(c) < 32 or 0x7F <= ord(c) < 0xA0 or 0xD800 <= ord(c) < 0xE000 else c for c in text
+    )
     text = " ".join(text.replace("**", " ").replace("__", " ").split())
     while len(text) > 1 and (text[0] + text[-1] in ('""', "''", "“”", "**") and text[0] not in text[1:-1]):
         text = text[1:-1].strip()
@@ -63,7 +70,7 @@ def level_of(key: object, levels: tuple[int, ...]) -> int | None:
 
 
 def name_level(name: str, levels: tuple[int, ...]) -> int | None:
-    """"highly relevant" -> 2, where the levels are exactly 3, 2, 1, 0; otherwise a name is ambiguous: None."""
+    """The level of a name ("highly relevant": 2) where the levels are 3, 2, 1, 0; else None."""
     if set(levels) != set(NAMES):
         return None
     return next(level for level, pattern in NAMES.items() if re.fullmatch(pattern, name, re.I))
@@ -73,7 +80,7 @@ Found = list[tuple[int, object]]  # (level, what stands there), in the order of 
 
 
 def json_values(text: str) -> Iterable[object]:
-    """Every complete JSON object or array in the text, left to right; objects as lists of pairs, to see repeats."""
+    """Every complete JSON object or array in the text, left to right; objects as pairs, to see repeats."""
     decoder = json.JSONDecoder(object_pairs_hook=lambda pairs: ("object", pairs), strict=False)
     position, tries = 0, 0
     while (start := re.compile(r"[{\[]").search(text, position)) and tries < 64:
@@ -122,12 +129,14 @@ def from_pairs(text: str, levels: tuple[int, ...]) -> Found:
         level = level_of(match["key"], levels)
         if level is not None:
             value = match["double"] if match["double"] is not None else match["single"]
-            found.append((level, re.sub(r"\\(.)", lambda m: " " if m[1] in "nrt" else m[1], value, flags=re.S)))
+            found.append(
+                (level, re.sub(r"\\(.)", lambda m: " " if m[1] in "nrt" else m[1], value, flags=re.S))
+            )
     return found
 
 
 def from_labels(text: str, levels: tuple[int, ...]) -> Found:
-    """Labelled lines; a passage runs to the next label.  A bare number counts only if it is an asked level."""
+    """Labelled lines; a passage runs to the next label.  A bare number counts only if its level is asked."""
     marks: list[tuple[re.Match[str], int | None]] = []
     for match in LABEL.finditer(text):
         if match["bare"]:
@@ -147,7 +156,7 @@ def from_labels(text: str, levels: tuple[int, ...]) -> Found:
 
 
 def settle(found: Found, levels: tuple[int, ...]) -> dict[int, str]:
-    """One text a level, best first.  ReplyError for a wrong type, no words, a repeat with other text, or a gap."""
+    """One text a level, best first.  ReplyError: wrong type, no words, a repeat with other text, a gap."""
     passages: dict[int, str] = {}
     for level, value in found:
         if not isinstance(value, str):
@@ -160,7 +169,9 @@ def settle(found: Found, levels: tuple[int, ...]) -> dict[int, str]:
             raise ReplyError(f"level {level}: stands there twice with different text")
     if missing := [level for level in levels if level not in passages]:
         names = ", ".join(map(str, missing))
-        raise ReplyError(f"level{'s' * (len(missing) > 1)} {names} missing (found {len(passages)} of {len(levels)})")
+        raise ReplyError(
+            f"level{'s' * (len(missing) > 1)} {names} missing (found {len(passages)} of {len(levels)})"
+        )
     return {level: passages[level] for level in levels}
 
 
@@ -174,9 +185,16 @@ def parse_reply(text: str, levels: tuple[int, ...] = (3, 2, 1, 0)) -> dict[int, 
         raise ReplyError(f"expected text, found {type(text).__name__}")
     if len(text) > LONGEST_REPLY:
         raise ReplyError(f"the reply has {len(text)} characters, more than {LONGEST_REPLY}")
-    text = re.sub(r"[ \t\x00]+", " ", text)  # also keeps the patterns above linear in the length of blank runs
+    text = re.sub(
+        r"[ \t\x00]+", " ", text
+    )  # also keeps the patterns above linear in the length of blank runs
     repaired = re.sub(r",\s*([}\]])", r"\1", text)
-    readers: tuple[Callable[[str, tuple[int, ...]], Found], ...] = (from_json, from_json, from_pairs, from_labels)
+    readers: tuple[Callable[[str, tuple[int, ...]], Found], ...] = (
+        from_json,
+        from_json,
+        from_pairs,
+        from_labels,
+    )
     best: Found = []
     for reader, source in zip(readers, (text, repaired, text, text), strict=True):
         found = reader(source, levels)

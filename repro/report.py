@@ -85,8 +85,21 @@ def provenance(records: Records, reference: str = "InfoNCE") -> str:
         f"{name}: {rows['counts']['passages']} passages, {rows['counts']['queries']} queries"
         for name, rows in ((name, next(iter(arms.values()))[0]) for name, arms in records.items())
     )
+    training = next((r["training"] for r in trained if r.get("training")), None)
+    how = ""
+    if training:
+        chosen = training["chosen"]
+        how = (
+            f"Training: {training['queries']} lists, {training['steps']} steps of {training['settings']['batch_size']}, "
+            f"{chosen['freeze']} layers frozen, learning rate {chosen['lr']:g}, temperature {chosen['temperature']:g}, "
+            f"about {training['minutes']:.0f} minutes an arm. "
+        )
     machine = f"{one['machine']['platform']}, {one['machine']['cpus']} cores, {one['device']}"
-    return f"Seeds {', '.join(map(str, seeds))}; {machine}; {versions}. {counts}. In brackets: difference to {reference}, its 95 % bootstrap interval over queries, and p of the paired permutation test, Holm-corrected over collections."
+    return (
+        f"{how}Seeds: {', '.join(map(str, seeds))}. {machine}; {versions}. {counts}. In brackets: difference to "
+        f"{reference}, its 95 % bootstrap interval over queries, and p of the paired permutation test, Holm-corrected "
+        "over collections."
+    )
 
 
 def write_readme(path: Path, text: str) -> None:

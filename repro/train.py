@@ -195,10 +195,14 @@ def train(
     if is_finished(out, record):
         print(f"{out}: finished already with these settings, nothing to do", file=sys.stderr)
         return json.loads((out / "train.json").read_text(encoding="utf-8"))
-    if config.batch_size % ranks or not 0 < config.batch_size <= len(lists):
+    if config.batch_size < 1 or config.batch_size % ranks or len(lists) < ranks:
         raise TrainError(
-            f"batch_size: expected a multiple of the {ranks} ranks between 1 and the {len(lists)} lists, got {config.batch_size}"
+            f"batch_size: expected a multiple of the {ranks} ranks, at least 1, and as many lists as ranks, "
+            f"got {config.batch_size} and {len(lists)} lists"
         )
+    size = min(config.batch_size, len(lists) // ranks * ranks)
+    if size < config.batch_size:
+        print(f"only {len(lists)} lists: a batch is {size} of them, not {config.batch_size}", file=sys.stderr)
     device = pick_device(config.device)
     encoder = BiEncoder.load(config.model, str(device), "float32")  # weights stay float32; dtype is autocast's
     autocast = pick_dtype(config.dtype, device)
@@ -207,7 +211,7 @@ def train(
     temperature = config.temperature or (0.05 if encoder.normalise else 1.0)
     peak_lr = config.lr or (3e-4 if freeze else 1e-5)
     loss = loss_function(config, temperature)
-    record["chosen"] = {"freeze": freeze, "temperature": temperature, "lr": peak_lr, "ranks": ranks}
+    record["chosen"] = {"freeze": freeze, "temperature": temperature, "lr": peak_lr, "batch_size": size, "ranks": ranks}
     if tokens is None:
         texts = [item.query for item in lists], [passage for item in lists for passage in item.passages]
         tokens = token_source(encoder, *texts, config.state_gb)
@@ -215,7 +219,7 @@ def train(
     model = nn.parallel.DistributedDataParallel(encoder) if ranks > 1 else encoder
     trainable = [p for p in encoder.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(trainable, lr=peak_lr, weight_decay=config.weight_decay)
-    per_epoch = len(lists) // config.batch_size  # a last, smaller batch would be another loss; it is left out
+    per_epoch = len(lists) // size  # a last, smaller batch would be another loss; it is left out
     steps = config.epochs * per_epoch
     start, seconds = resume(work, record, trainable, optimiser) if work.exists() else (0, 0.0)
     if ranks > 1:
@@ -229,7 +233,7 @@ def train(
         for step in range(start, steps):
             epoch, position = divmod(step, per_epoch)
             order = random.Random(f"{config.seed}/{epoch}").sample(range(len(lists)), len(lists))
-            chosen = order[position * config.batch_size : (position + 1) * config.batch_size]
+            chosen = order[position * size : (position + 1) * size]
             batch = collate([lists[j] for j in chosen])
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate(step, steps, peak_lr, config.warmup)
@@ -271,7 +275,7 @@ def main(argv: list[str] | None = None) -> int:
         if field.name == "lists":
             parser.add_argument(flag, nargs="+", default=default, metavar="FILE", help="cache files, .jsonl lists, or BEIR folders")
         elif field.name == "loss":
-            parser.add_argument(flag, choices=LOSSES, default=default)
+            parser.add_argument(flag, choices=LOSSES, default=default, type=lambda name: name.replace("-", "_"))
         elif isinstance(default, bool):
             parser.add_argument(flag, action="store_true")
         else:

@@ -39,6 +39,7 @@ def test_shared_states_give_the_scores_of_the_plain_path(results: Path) -> None:
     plain = evaluate_model(BiEncoder.load(results / "runs/1-D-W1-seed1"), corpus, queries, qrels)
     assert record["metrics"] == pytest.approx(plain["metrics"]) and record["per_query"].keys() == plain["per_query"].keys()
     assert (record["arm"], record["seed"], record["collection"]) == ("1-D W1", 1, "tiny")
+    assert record["training"]["settings"]["loss"] == "wasserstein_1d" and record["training"]["steps"] == 4
 
 
 def test_second_run_repeats_nothing_and_a_lost_record_is_made_again(results: Path, capsys: pytest.CaptureFixture) -> None:
@@ -76,6 +77,7 @@ def test_table_comes_from_the_records(results: Path, tmp_path: Path) -> None:
     assert report.main(["--results", str(results / "results"), "--readme", str(readme)]) == 0
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text and rows[-1] in text
+    assert "16 lists, 4 steps of 4, 2 layers frozen" in text and "Seeds: 0, 1." in text
 
 
 def test_report_names_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

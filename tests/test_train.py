@@ -152,7 +152,6 @@ def test_finished_and_foreign_folders(tiny_llama: Path, tmp_path: Path, capsys: 
 
 def test_bad_settings_are_one_sentence(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for options, error, message in [
-        ({"batch_size": 17}, TrainError, "batch_size: expected"),
         ({"batch_size": 0}, TrainError, "batch_size: expected"),
         ({"loss": "hinge"}, TrainError, "loss: expected one of"),
         ({"freeze": 4}, ValueError, "frozen layers"),
@@ -169,6 +168,12 @@ def test_bad_settings_are_one_sentence(tiny_llama: Path, tmp_path: Path, capsys:
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert "missing.jsonl: cannot be read" in errors[0] and "unknown model 'no-such-model'" in errors[1]
     assert not (tmp_path / "x").exists() and not (tmp_path / "x.partial").exists()
+
+
+def test_fewer_lists_than_a_batch_is_said(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    record = train(config(tmp_path, tiny_llama, batch_size=64), lists(6), progress=False)
+    assert record["chosen"]["batch_size"] == 6 and record["steps"] == 3
+    assert "only 6 lists: a batch is 6 of them, not 64" in capsys.readouterr().err
 
 
 def test_learning_rate_warms_up_and_decays() -> None:
