@@ -140,12 +140,13 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     fresh model of the same architecture whose config has no quantisation entry.
     """
     read = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    quantised = AutoModelForCausalLM.from_pretrained(**read, dtype=torch.float32)
-    config = copy.deepcopy(quantised.config)
-    del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.load_state_dict(quantised.state_dict())
-    model.save_pretrained(folder)
+    with quiet_transformers():
+        quantised = AutoModelForCausalLM.from_pretrained(**read, dtype=torch.float32)
+        config = copy.deepcopy(quantised.config)
+        del config.quantization_config
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model.load_state_dict(quantised.state_dict())
+        model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(**read).save_pretrained(folder)
 
 

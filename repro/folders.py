@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from repro.checkpoints import CheckpointError, find_file
+from repro.checkpoints import CheckpointError, find_file, quiet_transformers
 
 PREFIX = "sentence_transformers.models."  # the long-lived import path, which old and new releases read
 
@@ -44,8 +44,9 @@ def save_folder(
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        model.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
+        with quiet_transformers():
+            model.save_pretrained(scratch)
+            tokenizer.save_pretrained(scratch)
         width, modules = model.config.hidden_size, [("", "Transformer")]
         _write(scratch / "sentence_bert_config.json", {"max_seq_length": max_length, "do_lower_case": False})
 
