@@ -4,9 +4,14 @@ import os
 import sys
 from pathlib import Path
 
-import pytest
-import torch
+# One thread here and in the processes that tests start: two threads sum in another order than one, and some
+# tests compare two runs to the last bit.  Tiny models gain nothing from more.
+os.environ["OMP_NUM_THREADS"] = "1"
 
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
 sys.path.insert(0, str(Path(__file__).parents[1]))  # plain `pytest` does not put the repository on the path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test talks to a hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
