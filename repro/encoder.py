@@ -125,7 +125,8 @@ class BiEncoder(nn.Module):
             below = nn.utils.rnn.pad_sequence(tokens.states, batch_first=True).to(self.device)  # (n, L, d)
             with self._only_layers(self.frozen, None, entering=below):
                 hidden = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
-        return self._pool(hidden.float(), ids, mask)
+        with torch.autocast(self.device.type, enabled=False):  # the mean over tokens stays in float32
+            return self._pool(hidden.float(), ids, mask)
 
     def _pad(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """Right-padded ids and attention mask, both (n, L)."""

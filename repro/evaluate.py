@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from repro import metrics
+from repro.data import load_beir
+from repro.files import replacing
 from repro.retrieval import SELF_HITS, EvaluateError, Texts, bm25_run, check_k, device_of, retrieve, search
 
 __all__ = ["EvaluateError", "bm25_run", "evaluate_model", "main", "retrieve", "search"]
@@ -132,8 +134,6 @@ def parser() -> argparse.ArgumentParser:
 
 def run_command(args: argparse.Namespace) -> None:
     """Do what the options ask for; every check that needs no model comes before the model is loaded."""
-    from repro.data import load_beir
-
     for measure in args.measures:
         metrics.parse_measure(measure)
     if args.batch_size < 1:
@@ -155,7 +155,7 @@ def run_command(args: argparse.Namespace) -> None:
     collection = folder.resolve().name if args.data != "sample" and folder.is_dir() else args.data
     record = {"collection": collection, "split": args.split, **scored}
     if args.out is not None:
-        with metrics.replacing(args.out) as sink:
+        with replacing(args.out) as sink:
             json.dump(record, sink, ensure_ascii=False, indent=1)
             sink.write("\n")
     print(table(record))

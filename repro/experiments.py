@@ -21,9 +21,8 @@ from torch import Tensor
 from repro.data import load_beir
 from repro.encoder import AUTHORED, BiEncoder
 from repro.evaluate import evaluate_model
-from repro.lists import load_lists
 from repro.runs import write_json
-from repro.train import TokenSource, TrainConfig, default_freeze, token_source, train
+from repro.train import TokenSource, TrainConfig, default_freeze, token_source, train, training_lists
 
 # What differs between the arms; everything else is TrainConfig's default.
 ARMS: dict[str, dict[str, Any]] = {
@@ -52,7 +51,7 @@ def train_arms(
 
     `common` holds what the arms share: lists, start, epochs and the like.
     """
-    training = load_lists(common.lists)
+    training = training_lists(common)
     tokens: TokenSource | None = None
     folders = {}
     for seed in seeds:

@@ -1,15 +1,17 @@
-"""Read text files line by line, and say exactly where they break the contract.
+"""Read text files line by line, and say exactly where they break the contract; write them whole or not at all.
 
 Everything that the kit reads is UTF-8, plain or gzipped, one row a line.  A bad row raises DataError
 with file, line and field, so that a user can go and look.
 """
 
+import contextlib
 import gzip
 import json
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 class DataError(ValueError):
@@ -70,3 +72,16 @@ def as_grade(value: Any, where: str) -> int:
     if isinstance(value, bool) or not math.isfinite(number) or number != int(number) or number < 0:
         raise DataError(f"{where}: field 'score': expected a whole grade of 0 or more, found {value!r}")
     return int(number)
+
+
+@contextlib.contextmanager
+def replacing(file: str | Path) -> Iterator[IO[str]]:
+    """Open a UTF-8 text file that takes the place of `file` only if the block ends well."""
+    file = Path(file)
+    scratch = file.with_name(f".{file.name[:100]}.{os.getpid()}.tmp")
+    try:
+        with open(scratch, "w", encoding="utf-8", newline="\n") as sink:
+            yield sink
+        os.replace(scratch, file)
+    finally:
+        scratch.unlink(missing_ok=True)

@@ -6,15 +6,14 @@ The values equal trec_eval's, the program that the field's published numbers com
 tests compare them with it on random runs.  The last part of the module writes and reads run files.
 """
 
-import contextlib
 import math
 import numbers
-import os
 import re
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import IO
+
+from repro.files import replacing
 
 Qrels = Mapping[str, Mapping[str, int]]  # {query_id: {passage_id: grade}}
 Run = Mapping[str, Mapping[str, float]]  # {query_id: {passage_id: score}}
@@ -123,19 +122,6 @@ def mean(per_query: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
         raise MetricError("no judged query to average over")
     rows = list(per_query.values())
     return {measure: math.fsum(row[measure] for row in rows) / len(rows) for measure in rows[0]}
-
-
-@contextlib.contextmanager
-def replacing(file: str | Path) -> Iterator[IO[str]]:
-    """Open a UTF-8 text file that takes the place of `file` only if the block ends well."""
-    file = Path(file)
-    scratch = file.with_name(f".{file.name[:100]}.{os.getpid()}.tmp")
-    try:
-        with open(scratch, "w", encoding="utf-8", newline="\n") as sink:
-            yield sink
-        os.replace(scratch, file)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def write_run(run: Run, file: str | Path, tag: str) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from repro.checkpoints import CheckpointError
-from repro.files import DataError, read_jsonl
+from repro.files import DataError, read_jsonl, replacing
 from repro.generators import GenerateError, load_generator
 from repro.likelihood import agreement, query_likelihood
 from repro.lists import GradedList, lists_from_jsonl
@@ -290,7 +290,8 @@ def run_command(arguments: argparse.Namespace) -> None:
     if arguments.out:
         settings = {key: getattr(arguments, key) for key in ("limit", "seed", "model", "encoder")}
         text = json.dumps({"settings": settings, "reports": reports}, indent=1)
-        Path(arguments.out).write_text(text + "\n", encoding="utf-8")
+        with replacing(arguments.out) as sink:
+            sink.write(text + "\n")
     if arguments.figure:
         figure(reports, arguments.figure)
     if arguments.keep:
@@ -302,8 +303,8 @@ def run_command(arguments: argparse.Namespace) -> None:
             }
             for item in kept
         ]
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        Path(arguments.keep).write_text(lines, encoding="utf-8")
+        with replacing(arguments.keep) as sink:
+            sink.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from repro.metrics import replacing
+from repro.files import replacing
 from repro.stats import average_seeds, compare, holm, seed_summary
 
 RESULTS = Path(__file__).parent / "results"

@@ -1,8 +1,8 @@
 """The folder of a training run: what identifies it, its checkpoints, and how it goes on after a kill.
 
 A run is known by its settings and a hash of its lists.  A checkpoint is one safetensors file with
-the trainable weights and AdamW's moments; nothing is pickled, and the file is
-replaced whole, so a kill at any moment leaves the one before.
+the trainable weights and AdamW's moments; nothing is pickled, and the file is replaced whole, so a kill
+at any moment leaves the one before.
 """
 
 import hashlib
@@ -20,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from repro.files import replacing
 from repro.lists import GradedList
 
 
@@ -71,10 +72,13 @@ def save_checkpoint(work: Path, step: int, seconds: float, trainable: list[Tenso
 def resume(
     work: Path, record: dict[str, Any], trainable: list[Tensor], optimiser: torch.optim.Optimizer
 ) -> tuple[int, float]:
-    """Load the last checkpoint of an unfinished run; (steps done, seconds spent).  (0, 0) if it wrote none."""
-    shutil.rmtree(work / "model", ignore_errors=True)  # a save that did not end
-    if (work / "settings.json").exists():
+    """Load the last checkpoint of an unfinished run; (steps done, seconds spent).  (0, 0) if it wrote none.
+
+    Raises RunError if `work` holds anything that is not this run's: it is deleted when the run ends.
+    """
+    if any(not path.name.endswith(".tmp") for path in work.iterdir()):
         check_same_run(work / "settings.json", record)
+    shutil.rmtree(work / "model", ignore_errors=True)  # a save that did not end
     path = work / "state.safetensors"
     done, seconds = 0, 0.0
     if path.exists():
@@ -92,7 +96,6 @@ def resume(
 
 def trim_log(work: Path, done: int) -> None:
     """Keep the first `done` lines of the log: steps behind the checkpoint are run, and logged, again."""
-    work.mkdir(parents=True, exist_ok=True)
     log = work / "log.jsonl"
     lines = log.read_text(encoding="utf-8").splitlines(keepends=True)[:done] if log.exists() else []
     log.write_text("".join(lines), encoding="utf-8")
@@ -105,7 +108,6 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write through a temporary file beside `path`, so that a reader never sees half of it."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    """Write an object as indented JSON; the file appears whole or not at all."""
+    with replacing(path) as sink:
+        sink.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -147,7 +147,12 @@ def test_finished_and_foreign_folders(tiny_llama: Path, tmp_path: Path, capsys: 
     (tmp_path / "foreign" / "thesis.txt").write_text("precious")
     with pytest.raises(RunError, match="no run of this command"):
         train(config(tmp_path, tiny_llama, out=str(tmp_path / "foreign")), lists(), progress=False)
-    assert (tmp_path / "foreign" / "thesis.txt").read_text() == "precious"
+    (tmp_path / "mine.partial").mkdir()
+    (tmp_path / "mine.partial" / "thesis.txt").write_text("precious")
+    with pytest.raises(RunError, match="no run of this command"):
+        train(config(tmp_path, tiny_llama, out=str(tmp_path / "mine")), lists(), progress=False)
+    for name in ("foreign", "mine.partial"):
+        assert (tmp_path / name / "thesis.txt").read_text() == "precious"
 
 
 def test_bad_settings_are_one_sentence(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -174,6 +179,24 @@ def test_fewer_lists_than_a_batch_is_said(tiny_llama: Path, tmp_path: Path, caps
     record = train(config(tmp_path, tiny_llama, batch_size=64), lists(6), progress=False)
     assert record["chosen"]["batch_size"] == 6 and record["steps"] == 3
     assert "only 6 lists: a batch is 6 of them, not 64" in capsys.readouterr().err
+
+
+def test_autocast_leaves_pooling_and_scores_in_float32(tiny_bert: Path) -> None:
+    encoder = BiEncoder.load(tiny_bert, device="cpu").eval()
+    encoder.normalise = True
+    seen = []
+
+    def loss(scores: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        seen.append(scores.detach())
+        return scores.sum()
+
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            batch_loss(encoder, collate(lists(8)), encoder.tokenise, loss)
+    exact, mixed = seen
+    assert mixed.dtype == torch.float32 and not torch.equal(exact, mixed)  # the transformer did run in bfloat16
+    assert not torch.equal(mixed, mixed.bfloat16().float())  # but the scores are not rounded to it
+    torch.testing.assert_close(mixed, exact, atol=0.02, rtol=0)
 
 
 def test_learning_rate_warms_up_and_decays() -> None:
