@@ -1,21 +1,19 @@
 """The bi-encoder: one transformer, a (weighted) mean over its token states, one vector a text.
 
 Query and passage go through the same network; the score of a pair is the dot product of their two
-vectors.  Three options matter for an encoder that was never trained for retrieval: weights that
-make rare tokens count more in the mean, a centre (the mean embedding of some passages) that is
-subtracted, and normalisation to length 1, which turns the dot product into a cosine.  Contriever
-and its kind need none of them.
+vectors.  Four options matter for an encoder that was never trained for retrieval: weights that
+make rare tokens count more in the mean, a centre (a mean embedding) that is subtracted, a linear map,
+and normalisation to length 1, which turns the dot product into a cosine.  Contriever and its kind need
+none of them.
 
 A model is saved in the sentence-transformers folder format, so `SentenceTransformer(folder)` gives
 the same vectors.  For cheap training the lower layers can be frozen and their states kept.
 """
 
-import contextlib
 import hashlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,9 +24,12 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer
 
+from repro import warmup
 from repro.checkpoints import built_once, cache_dir, load_pretrained, pick_device, pick_dtype, sha256_of
 from repro.folders import read_modules, save_folder
+from repro.layers import freeze_layers, only_layers
 from repro.lists import lists_from_jsonl
+from repro.states import StateBank, Tokens
 
 AUTHORED = Path(__file__).parents[1] / "cached_prompts" / "authored.jsonl"
 
@@ -38,29 +39,14 @@ AUTHORED = Path(__file__).parents[1] / "cached_prompts" / "authored.jsonl"
 ROWS_ON_CPU = 16
 
 
-@dataclass
-class Tokens:
-    """n texts as token ids, with the states that the frozen lower layers made of them, if those are kept."""
-
-    ids: list[list[int]]  # n lists of 1..max_length ids
-    states: list[Tensor] | None = None  # n tensors (length, hidden)
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, rows: slice | Sequence[int]) -> "Tokens":
-        rows = range(len(self))[rows] if isinstance(rows, slice) else rows
-        return Tokens([self.ids[r] for r in rows], self.states and [self.states[r] for r in rows])
-
-
 class BiEncoder(nn.Module):
-    """Transformer -> weighted mean over tokens -> minus centre -> length 1; the last three are options.
+    """Transformer -> weighted mean over tokens -> minus centre -> linear map -> length 1; all but the first are options.
 
-        e(x) = sum_t w[x_t] h_t / sum_t w[x_t] - c,   then e / |e| if `normalise`
+        e(x) = W (sum_t w[x_t] h_t / sum_t w[x_t] - c),   then e / |e| if `normalise`
 
     with h_t the last layer's states, w = 1 for every token unless `token_weights` (V,) is given,
-    and c = 0 unless `centre` (d,) is given.  `prompts` are put in front of queries and passages
-    (E5's "query: "; the built-in encoder's start token, which gets weight 0).
+    c = 0 unless `centre` (d,) is given, and W = 1 unless `projection` (m, d) is given, the only one of
+    them that is trained.  `prompts` are put in front of queries and passages (E5's "query: ").
     """
 
     def __init__(
@@ -71,6 +57,7 @@ class BiEncoder(nn.Module):
         pooling: str = "mean",
         token_weights: Tensor | None = None,
         centre: Tensor | None = None,
+        projection: Tensor | None = None,
         normalise: bool = False,
         max_length: int = 256,  # the paper's length for queries and passages
         prompts: dict[str, str] | None = None,
@@ -85,10 +72,16 @@ class BiEncoder(nn.Module):
         self.frozen = 0  # how many lower layers are frozen
         self.register_buffer("token_weights", token_weights)
         self.register_buffer("centre", centre)
+        self.projection = None if projection is None else nn.Parameter(projection.clone())
 
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    @property
+    def all_frozen(self) -> bool:
+        """Whether no layer of the transformer trains, so that a text's mean vector never changes."""
+        return self.frozen == self.model.config.num_hidden_layers
 
     def tokenise(self, texts: Sequence[str], kind: str = "passage") -> Tokens:
         """Texts to token ids, cut at `max_length`, the prompt of `kind` in front.  ValueError for another kind."""
@@ -117,16 +110,18 @@ class BiEncoder(nn.Module):
         return torch.cat(parts)[torch.tensor(order).argsort().to(self.device)]
 
     def embed(self, tokens: Tokens) -> Tensor:
-        """(n, d) embeddings with gradient, starting from the kept states if there are any."""
+        """(n, d) embeddings with gradient, starting from what is kept of the frozen layers, if anything is."""
+        if tokens.pooled is not None:
+            return self._finish(tokens.pooled.to(self.device))
         ids, mask = self._pad(tokens)
         if tokens.states is None:
             hidden = self.model(input_ids=ids, attention_mask=mask).last_hidden_state  # (n, L, d)
         else:
             below = nn.utils.rnn.pad_sequence(tokens.states, batch_first=True).to(self.device)  # (n, L, d)
-            with self._only_layers(self.frozen, None, entering=below):
+            with only_layers(self.model, self.frozen, None, entering=below):
                 hidden = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
         with torch.autocast(self.device.type, enabled=False):  # the mean over tokens stays in float32
-            return self._pool(hidden.float(), ids, mask)
+            return self._finish(self._pool(hidden.float(), ids, mask))
 
     def _pad(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """Right-padded ids and attention mask, both (n, L)."""
@@ -138,15 +133,18 @@ class BiEncoder(nn.Module):
 
     def _pool(self, hidden: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         if self.pooling == "cls":
-            vectors = hidden[:, 0]
-        else:
-            weights = mask.float()  # (n, L)
-            if self.token_weights is not None:
-                weights = weights * self.token_weights[ids]
-            total = weights.sum(dim=1, keepdim=True).clamp(min=1e-9)  # sentence-transformers' guard
-            vectors = (weights.unsqueeze(1) @ hidden).squeeze(1) / total  # (n, d)
+            return hidden[:, 0]
+        weights = mask.float()  # (n, L)
+        if self.token_weights is not None:
+            weights = weights * self.token_weights[ids]
+        total = weights.sum(dim=1, keepdim=True).clamp(min=1e-9)  # sentence-transformers' guard
+        return (weights.unsqueeze(1) @ hidden).squeeze(1) / total  # (n, d)
+
+    def _finish(self, vectors: Tensor) -> Tensor:
         if self.centre is not None:
             vectors = vectors - self.centre
+        if self.projection is not None:
+            vectors = vectors @ self.projection.T  # (n, m)
         return nn.functional.normalize(vectors, dim=1) if self.normalise else vectors
 
     @torch.no_grad()
@@ -166,7 +164,8 @@ class BiEncoder(nn.Module):
         order = sorted(range(len(tokens)), key=lambda row: -len(tokens.ids[row]))
         was_training = self.training
         self.eval()
-        vectors = torch.empty(len(tokens), self.model.config.hidden_size)
+        width = self.model.config.hidden_size if self.projection is None else len(self.projection)
+        vectors = torch.empty(len(tokens), width)
         with tqdm(total=len(tokens), desc="encode", unit="text", disable=not progress) as bar:
             for start in range(0, len(order), batch_size):
                 rows = order[start : start + batch_size]
@@ -178,78 +177,42 @@ class BiEncoder(nn.Module):
     def freeze(self, layers: int) -> None:
         """Freeze the embeddings and the lowest `layers` layers; 0 leaves the whole model trainable.
 
-        Raises ValueError if that leaves no layer to train.
+        All layers can be frozen (and the final norm with them) if there is a projection, which then is
+        what trains.  Raises ValueError if nothing is left to train.
         """
-        parent, name = self._layer_list()
-        stack = getattr(parent, name)
-        if not 0 <= layers < len(stack):
-            raise ValueError(f"frozen layers: expected 0 to {len(stack) - 1}, got {layers}")
+        freeze_layers(self.model, layers, all_of_them=self.projection is not None)
         self.frozen = layers
-        parameters = list(self.model.parameters())  # in order: embeddings, layers, a final norm
-        last_frozen = list(stack[layers - 1].parameters())[-1] if layers else None
-        border = next((n for n, p in enumerate(parameters, start=1) if p is last_frozen), 0)
-        for number, parameter in enumerate(parameters):
-            parameter.requires_grad_(number >= border)
 
     @torch.no_grad()
     def keep_states(self, tokens: Tokens, batch_size: int = 32, progress: bool = False) -> Tokens:
-        """The same tokens with what the frozen layers make of them: computed once, used in every step."""
+        """The same tokens with what the frozen layers make of them: computed once, used in every step.
+
+        Where all layers are frozen that is one mean vector a text, else the states of all its tokens.
+        """
         states: list[Tensor] = [torch.empty(0)] * len(tokens)
+        pooled = torch.empty(len(tokens), self.model.config.hidden_size)
         order = sorted(range(len(tokens)), key=lambda row: -len(tokens.ids[row]))
         self.eval()
         with tqdm(total=len(tokens), desc="frozen layers", unit="text", disable=not progress) as bar:
             for start in range(0, len(order), batch_size):
                 rows = order[start : start + batch_size]
                 ids, mask = self._pad(tokens[rows])
-                with self._only_layers(0, self.frozen) as leaving:
-                    self.model(input_ids=ids, attention_mask=mask)
-                for row, hidden in zip(rows, leaving[-1].cpu(), strict=True):
-                    states[row] = hidden[: len(tokens.ids[row])].clone()
+                if self.all_frozen:
+                    hidden = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+                    pooled[rows] = self._pool(hidden.float(), ids, mask).cpu()
+                else:
+                    with only_layers(self.model, 0, self.frozen) as leaving:
+                        self.model(input_ids=ids, attention_mask=mask)
+                    for row, hidden in zip(rows, leaving[-1].cpu(), strict=True):
+                        states[row] = hidden[: len(tokens.ids[row])].clone()
                 bar.update(len(rows))
-        return Tokens(tokens.ids, states)
-
-    def _layer_list(self) -> tuple[nn.Module, str]:
-        """Where the transformer keeps its layers: the module and the attribute name of the ModuleList."""
-        depth = self.model.config.num_hidden_layers
-        for path, module in self.model.named_modules():
-            if isinstance(module, nn.ModuleList) and len(module) == depth:
-                parent, _, name = path.rpartition(".")
-                return self.model.get_submodule(parent), name
-        raise ValueError(f"{type(self.model).__name__}: found no list of {depth} layers, so none can be frozen")
-
-    @contextlib.contextmanager
-    def _only_layers(self, first: int, last: int | None, entering: Tensor | None = None) -> Iterator[list[Tensor]]:
-        """Run only layers first:last in this block, fed with `entering`; the list collects what leaves them.
-
-        Working on the ModuleList and with hooks, rather than on one model's own forward, is what
-        lets the same few lines serve Llama-, BERT- and other-shaped transformers.
-        """
-        parent, name = self._layer_list()
-        stack = getattr(parent, name)
-        part, leaving = stack[first:last], []
-
-        def enter(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            return ((entering, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": entering})
-
-        def leave(_: nn.Module, __: tuple, output: Any) -> None:
-            leaving.append(output[0] if isinstance(output, tuple) else output)
-
-        hooks = [part[-1].register_forward_hook(leave)]
-        if entering is not None:
-            hooks.append(part[0].register_forward_pre_hook(enter, with_kwargs=True))
-        setattr(parent, name, part)
-        try:
-            yield leaving
-        finally:
-            setattr(parent, name, stack)
-            for hook in hooks:
-                hook.remove()
+        return Tokens(tokens.ids, pooled=pooled) if self.all_frozen else Tokens(tokens.ids, states)
 
     def save(self, folder: str | Path) -> Path:
         """Write the model as a sentence-transformers folder (safetensors); the folder must not exist or be empty.
 
-        Modules: Transformer, WordWeights (the token weights), Pooling, Dense (identity with bias
-        -centre), Normalize; those that the model does not use are left out.
+        Modules: Transformer, WordWeights (the token weights), Pooling, Dense (weight W, bias -W c),
+        Normalize; those that the model does not use are left out.
         """
         return save_folder(
             Path(folder),
@@ -258,6 +221,7 @@ class BiEncoder(nn.Module):
             pooling=self.pooling,
             token_weights=self.token_weights,
             centre=self.centre,
+            projection=self.projection,
             normalise=self.normalise,
             max_length=self.max_length,
             prompts=self.prompts,
@@ -285,38 +249,43 @@ class BiEncoder(nn.Module):
         return cls(model, tokenizer, **settings).to(target).eval()
 
 
-# The built-in encoder, "base".  Nothing in it was trained on a relevance label.  Layers and the SIF
-# constant were compared on the authored lists themselves, never on a test collection: see README.
-BASE_CHECKPOINT, BASE_LAYERS, SIF_A = "smollm2-135m", 6, 1e-4
-
-
-def sif_weights(ids: Sequence[Sequence[int]], vocabulary: int, a: float = SIF_A) -> Tensor:
-    """Smooth inverse frequency of each token, w = a / (a + p), p its share of all tokens: (V,).
-
-    Arora et al. 2017, "A Simple but Tough-to-Beat Baseline for Sentence Embeddings".
-    """
-    counts = torch.bincount(torch.tensor([token for row in ids for token in row]), minlength=vocabulary)
-    return a / (a + counts / counts.sum())
+# The built-in encoder, "base".  Nothing in it was trained on a relevance label, and no real document was used.
+# What it is made of was compared on the authored lists themselves, never on a test collection: see README.
+BASE_CHECKPOINT, BASE_LAYERS, BASE_SEED = "smollm2-135m", 6, 0
+BASE_PROMPT = "#\n"  # a causal model's first token is a sink for attention, and no word of the text should be it
 
 
 def base_folder() -> Path:
-    """The built-in encoder as a folder in the cache, made once (about a minute): no label is used.
+    """The built-in encoder as a folder in the cache, made once (two minutes on two cores): no label is used.
 
     The lower 6 of SmolLM2-135M's 30 layers; a mean over tokens weighted by inverse frequency, counted
-    on the authored passages; centred on the mean embedding of the authored queries (a query's few
-    tokens share more of the constant part than a passage's many); cosine.
+    on the authored passages, the start prompt left out; centred on the mean embedding of the authored
+    queries (a query's few tokens share more of the constant part than a passage's many); a linear map
+    that softly whitens the authored passages and then learns to find a passage from a few words cut
+    out of it (`warmup`); cosine.
     """
-    recipe = f"{BASE_CHECKPOINT} {BASE_LAYERS} sif {SIF_A} query centre {sha256_of(AUTHORED)}"
+    recipe = f"{BASE_CHECKPOINT} {BASE_LAYERS} {BASE_PROMPT!r} {warmup.RECIPE} {BASE_SEED} {sha256_of(AUTHORED)}"
     folder = cache_dir() / "models" / f"base-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
     with built_once(folder) as scratch:
         if scratch is not None:
-            print("building the untrained encoder `base` once", file=sys.stderr)
+            print("building the self-supervised encoder `base` once", file=sys.stderr)
             lists = lists_from_jsonl(AUTHORED)
+            queries, passages = [item.query for item in lists], [text for item in lists for text in item.passages]
             model = load_pretrained(BASE_CHECKPOINT, AutoModel, num_hidden_layers=BASE_LAYERS, dtype=torch.float32)
-            encoder = BiEncoder(model, load_pretrained(BASE_CHECKPOINT, AutoTokenizer))
-            passages = encoder.tokenise([passage for item in lists for passage in item.passages])
-            encoder.token_weights = sif_weights(passages.ids, model.config.vocab_size)
-            encoder.centre = encoder.encode([item.query for item in lists], kind="query").mean(dim=0)
-            encoder.normalise = True
+            width = model.config.hidden_size
+            prompts = {"query": BASE_PROMPT, "passage": BASE_PROMPT}
+            tokenizer = load_pretrained(BASE_CHECKPOINT, AutoTokenizer)
+            encoder = BiEncoder(model, tokenizer, prompts=prompts, projection=torch.eye(width), normalise=True)
+            weights = warmup.sif_weights(tokenizer(passages)["input_ids"], model.config.vocab_size)
+            weights[tokenizer(BASE_PROMPT)["input_ids"]] = 0
+            encoder.token_weights = weights
+            encoder.freeze(BASE_LAYERS)
+            bank = StateBank(encoder, cache_dir() / "pooled")
+            cuts = warmup.cut_out(passages, BASE_SEED)
+            for texts, kind in ((queries, "query"), (cuts, "query"), (passages, "passage")):
+                bank.add(texts, kind)
+            encoder.centre = bank(queries, "query").pooled.mean(dim=0)
+            short, long = (bank(texts, kind).pooled - encoder.centre for texts, kind in ((cuts, "query"), (passages, "passage")))
+            encoder.projection = nn.Parameter(warmup.warm_up(warmup.whitening(long), short, long, BASE_SEED))
             encoder.save(scratch)
     return folder

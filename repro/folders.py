@@ -2,7 +2,7 @@
 
     config.json, model.safetensors, tokenizer.json ...      the transformer
     modules.json                                            which modules follow it, in order
-    1_WordWeights/  2_Pooling/  3_Dense/  4_Normalize/      one small config (and weights) each
+    1_WordWeights/  2_Pooling/  3_Dense/  4_Dense/ ...      one small config (and weights) each
 
 Only the modules that `repro.encoder` has are understood; a folder with another one is refused.
 """
@@ -31,6 +31,7 @@ def save_folder(
     pooling: str,
     token_weights: Tensor | None,
     centre: Tensor | None,
+    projection: Tensor | None,
     normalise: bool,
     max_length: int,
     prompts: dict[str, str],
@@ -65,10 +66,12 @@ def save_folder(
             add("WordWeights", {"vocab": vocabulary, "word_weights": by_word, "unknown_word_weight": 1})
         modes = {"cls": "pooling_mode_cls_token", "mean": "pooling_mode_mean_tokens"}
         add("Pooling", {"word_embedding_dimension": width} | {key: mode == pooling for mode, key in modes.items()})
+        dense = {"in_features": width, "activation_function": "torch.nn.modules.linear.Identity"}
         if centre is not None:
-            identity = "torch.nn.modules.linear.Identity"
-            config = {"in_features": width, "out_features": width, "bias": True, "activation_function": identity}
-            add("Dense", config, {"linear.weight": torch.eye(width), "linear.bias": -centre.float()})
+            shift = {"linear.weight": torch.eye(width), "linear.bias": -centre.float()}
+            add("Dense", dense | {"out_features": width, "bias": True}, shift)
+        if projection is not None:
+            add("Dense", dense | {"out_features": len(projection), "bias": False}, {"linear.weight": projection.float()})
         if normalise:
             add("Normalize", None)
         rows = [{"idx": n, "name": str(n), "path": p, "type": PREFIX + kind} for n, (p, kind) in enumerate(modules)]
@@ -107,7 +110,10 @@ def read_modules(name: str | Path) -> tuple[dict[str, Any], str]:
         elif kind == "Pooling":
             options["pooling"] = _pooling(_read(name, f"{path}/config.json"), f"{name}/{path}")
         elif kind == "Dense":
-            options["centre"] = _centre(_weights(name, path), _read(name, f"{path}/config.json"), f"{name}/{path}")
+            key, value = _dense(_weights(name, path), _read(name, f"{path}/config.json"), f"{name}/{path}")
+            if key in options or "projection" in options or options["normalise"]:
+                raise CheckpointError(f"{name}/{path}: expected Dense layers in the order centre, projection, then Normalize")
+            options[key] = value
         elif kind == "Normalize":
             options["normalise"] = True
         else:
@@ -134,12 +140,15 @@ def _pooling(config: dict[str, Any], where: str) -> str:
     return names[asked.pop()]
 
 
-def _centre(weights: dict[str, Tensor], config: dict[str, Any], where: str) -> Tensor:
-    weight = weights["linear.weight"]
-    is_shift = weight.shape[0] == weight.shape[1] and torch.equal(weight, torch.eye(len(weight)))
-    if not is_shift or not str(config.get("activation_function", "")).endswith("Identity") or "linear.bias" not in weights:
-        raise CheckpointError(f"{where}: expected a Dense layer that only subtracts a centre, found a projection")
-    return -weights["linear.bias"]
+def _dense(weights: dict[str, Tensor], config: dict[str, Any], where: str) -> tuple[str, Tensor]:
+    """What a Dense layer is to this kit: ("centre", c) where it only subtracts c, ("projection", W) where it has no bias."""
+    weight, bias = weights["linear.weight"], weights.get("linear.bias")
+    is_linear = str(config.get("activation_function", "")).endswith("Identity") and not config.get("use_residual")
+    if is_linear and (bias is None or not bias.any()):
+        return "projection", weight
+    if is_linear and weight.shape[0] == weight.shape[1] and torch.equal(weight, torch.eye(len(weight))):
+        return "centre", -bias
+    raise CheckpointError(f"{where}: expected a Dense layer that subtracts a centre or is a linear map without bias")
 
 
 def _weights(name: str | Path, path: str) -> dict[str, Tensor]:

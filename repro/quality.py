@@ -148,6 +148,7 @@ def figure(reports: dict[str, dict[str, Any]], path: str | Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    reports = {source: content for source, content in reports.items() if content["lists"]}
     names = list(dict.fromkeys(name for content in reports.values() for name in content["measures"]))
     drawing, axes = pyplot.subplots(1, len(names), figsize=(3.6 * len(names), 4.2), squeeze=False)
     styles = [("o", "-"), ("s", "--"), ("^", ":"), ("D", "-."), ("v", "-"), ("P", "--"), ("X", ":")]
@@ -157,9 +158,7 @@ def figure(reports: dict[str, dict[str, Any]], path: str | Path) -> None:
             grades = [int(grade) for grade in levels]
             marker, line = styles[place % len(styles)]
             shade = str(0.65 * place / max(1, len(reports) - 1))
-            shift = 0.05 * (
-                place - (len(reports) - 1) / 2
-            )  # so that bars of two sources do not hide each other
+            shift = 0.05 * (place - (len(reports) - 1) / 2)  # so that bars of two sources do not hide each other
             axis.errorbar(
                 [grade + shift for grade in grades],
                 [v["mean"] for v in levels.values()],
@@ -174,9 +173,7 @@ def figure(reports: dict[str, dict[str, Any]], path: str | Path) -> None:
             )
         axis.set_xlabel("grade of the passage")
         axis.set_ylabel(LABELS.get(name, name))
-        axis.set_xticks(
-            sorted({int(g) for c in reports.values() for g in c["measures"].get(name, {}).get("levels", {})})
-        )
+        axis.set_xticks(sorted({int(g) for c in reports.values() for g in c["measures"].get(name, {}).get("levels", {})}))
     drawing.suptitle("What the passages of each grade are like (mean and standard deviation over lists)")
     handles, labels = axes[0][0].get_legend_handles_labels()
     drawing.legend(handles, labels, loc="lower center", ncols=min(4, len(labels)), frameon=False)
@@ -223,6 +220,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--share", type=float, default=0.5, help="keep lists with at least this share of pairs in order")
     add("--limit", type=int, help="only so many lists a source, drawn with the seed")
+    add("--common", action="store_true", help="only the queries that every source with any lists has")
     add("--seed", type=int, default=0)
     add("--model", default="smollm2-135m", help="language model for the likelihood, or none")
     add("--encoder", default="base", help="encoder for the similarity, or none (default %(default)s)")
@@ -236,10 +234,18 @@ def sources(arguments: argparse.Namespace) -> tuple[dict[str, list[GradedList]],
     """({name: lists}, {name: note}) of the files named; `authored` is split into its versions."""
     found: dict[str, list[GradedList]] = {}
     notes: dict[str, str] = {}
+    read = []
     for text in arguments.lists:
+        path = text.rpartition("=")[2]
+        counts = attempts(path)  # a plan may fail throughout
+        read.append((text, counts, lists_from_jsonl(path) if counts is None or counts[0] else []))
+    if arguments.common:
+        common = set.intersection(*({item.query.lower() for item in lists} for _, _, lists in read if lists))
+        if not common:
+            raise DataError("--common: expected queries that all sources have, found none")
+        read = [(text, counts, [x for x in lists if x.query.lower() in common]) for text, counts, lists in read]
+    for text, counts, lists in read:
         name, _, path = text.rpartition("=")
-        counts = attempts(path)
-        lists = lists_from_jsonl(path) if counts is None or counts[0] else []  # a plan may fail throughout
         name = name or Path(path).name.removesuffix(".gz").removesuffix(".jsonl")
         versions: dict[str, list[GradedList]] = defaultdict(list)
         for item in lists:
@@ -288,7 +294,7 @@ def run_command(arguments: argparse.Namespace) -> None:
             print(f"{name}: kept {len(passing)} of {len(lists)} lists", file=sys.stderr)
     print(table(reports))
     if arguments.out:
-        settings = {key: getattr(arguments, key) for key in ("limit", "seed", "model", "encoder")}
+        settings = {key: getattr(arguments, key) for key in ("limit", "common", "seed", "model", "encoder")}
         text = json.dumps({"settings": settings, "reports": reports}, indent=1)
         with replacing(arguments.out) as sink:
             sink.write(text + "\n")

@@ -7,22 +7,27 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from repro.checkpoints import CheckpointError
-from repro.encoder import BiEncoder, Tokens, sif_weights
+from repro.encoder import BiEncoder, Tokens
+from repro.states import joined
+from repro.warmup import sif_weights
 
 TEXTS = ["how long does bread dough rise", "the moon", "why is the sky blue in the capital city", "tea", "rust in water of iron"]
 
 
-def weighted(folder: Path, **options) -> BiEncoder:  # noqa: ANN003
+def weighted(folder: Path, projected: bool = False, **options) -> BiEncoder:  # noqa: ANN003
     """A tiny encoder with all options on."""
     encoder = BiEncoder.load(folder, device="cpu", **options)
     rng = torch.Generator().manual_seed(5)
     encoder.token_weights = torch.rand(len(encoder.tokenizer), generator=rng)
     encoder.centre = 0.1 * torch.randn(16, generator=rng)
+    if projected:
+        encoder.projection = torch.nn.Parameter(torch.randn(7, 16, generator=rng))
     encoder.normalise = True
     return encoder
 
 
 def assert_close(a: torch.Tensor, b: torch.Tensor, atol: float = 1e-5) -> None:
+    assert a.numel()
     torch.testing.assert_close(a, b, atol=atol, rtol=0)
 
 
@@ -40,7 +45,7 @@ def test_mean_pooling_against_one_text_at_a_time(kind: str, request: pytest.Fixt
             vector = sum(w * h for w, h in zip(weights, hidden, strict=True)) / weights.sum() - encoder.centre
             slow.append(vector / vector.norm())
     assert_close(encoder.encode(TEXTS, batch_size=2), torch.stack(slow))
-    encoder.token_weights = encoder.centre = None
+    encoder.token_weights = encoder.centre = encoder.projection = None
     encoder.normalise = False
     means = torch.stack([model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0) for text in TEXTS])
     assert_close(encoder.encode(TEXTS, kind="query"), means.detach())
@@ -68,7 +73,7 @@ def test_long_texts_are_cut_and_encode_restores_the_mode(tiny_llama: Path) -> No
 
 @pytest.mark.parametrize("kind", ["tiny_llama", "tiny_bert"])
 def test_save_and_load_give_the_same_embeddings(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    encoder = weighted(request.getfixturevalue(kind), max_length=9)
+    encoder = weighted(request.getfixturevalue(kind), projected=kind == "tiny_llama", max_length=9)
     encoder.prompts["query"] = "why "
     encoder.save(tmp_path / "saved")
     again = BiEncoder.load(tmp_path / "saved", device="cpu")
@@ -84,12 +89,12 @@ def test_save_and_load_give_the_same_embeddings(kind: str, request: pytest.Fixtu
 def test_sentence_transformers_reads_the_folder(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     from sentence_transformers import SentenceTransformer
 
-    encoder = weighted(request.getfixturevalue(kind), max_length=9)
+    encoder = weighted(request.getfixturevalue(kind), projected=kind == "tiny_llama", max_length=9)
     encoder.save(tmp_path / "all")
     other = SentenceTransformer(str(tmp_path / "all"), device="cpu")
     long = [*TEXTS, "how long does it take to bake bread dough with tea and coffee beans"]
     assert_close(torch.from_numpy(other.encode(long)), encoder.encode(long))
-    encoder.token_weights = encoder.centre = None
+    encoder.token_weights = encoder.centre = encoder.projection = None
     encoder.normalise, encoder.pooling = False, "cls"
     encoder.save(tmp_path / "cls")
     assert_close(torch.from_numpy(SentenceTransformer(str(tmp_path / "cls"), device="cpu").encode(TEXTS)), encoder.encode(TEXTS))
@@ -106,9 +111,15 @@ def test_folder_written_by_sentence_transformers(tiny_bert: Path, tmp_path: Path
     assert ours.max_length == 20
     assert_close(ours.encode(TEXTS, "query"), torch.from_numpy(theirs.encode(TEXTS, prompt_name="query")))
     assert_close(ours.encode(TEXTS, "passage"), torch.from_numpy(theirs.encode(TEXTS, prompt_name="document")))
-    SentenceTransformer(modules=[*parts, Dense(16, 4)], device="cpu").save(str(tmp_path / "projected"))
-    with pytest.raises(CheckpointError, match="only subtracts a centre, found a projection"):
-        BiEncoder.load(tmp_path / "projected")
+    linear = Dense(16, 4, bias=False, activation_function=torch.nn.Identity())
+    theirs = SentenceTransformer(modules=[*parts[:2], linear, parts[2]], device="cpu")
+    theirs.save(str(tmp_path / "projected"))
+    assert_close(BiEncoder.load(tmp_path / "projected", device="cpu").encode(TEXTS), torch.from_numpy(theirs.encode(TEXTS)))
+    refused = {"tanh": [*parts, Dense(16, 4)], "late": [*parts, linear], "twice": [*parts[:2], linear, linear]}
+    for name, modules in refused.items():
+        SentenceTransformer(modules=modules, device="cpu").save(str(tmp_path / name))
+        with pytest.raises(CheckpointError, match="subtracts a centre or is a linear map|in the order centre, projection"):
+            BiEncoder.load(tmp_path / name)
     SentenceTransformer(modules=[parts[0], Pooling(16, "max")], device="cpu").save(str(tmp_path / "max"))
     with pytest.raises(CheckpointError, match="expected mean or cls pooling, found max"):
         BiEncoder.load(tmp_path / "max")
@@ -138,6 +149,24 @@ def test_kept_states_change_neither_embeddings_nor_gradients(kind: str, layers: 
     assert not [name for name in results[0][1] if any(part in name for part in below)]
 
 
+def test_all_layers_frozen_keeps_one_vector_a_text_and_trains_the_projection(tiny_llama: Path) -> None:
+    encoder = weighted(tiny_llama, projected=True)
+    encoder.freeze(4)
+    assert [name for name, p in encoder.named_parameters() if p.requires_grad] == ["projection"] and encoder.all_frozen
+    tokens = encoder.tokenise(TEXTS)
+    kept = encoder.keep_states(tokens, batch_size=2)
+    assert kept.states is None and kept.pooled.shape == (len(TEXTS), 16)
+    gradients = []
+    for source in (tokens, joined([kept[:2], kept[[2, 3, 4]]])):
+        encoder.zero_grad()
+        (embedded,) = encoder(source)
+        (embedded * torch.arange(35.0).reshape(5, 7)).sum().backward()
+        gradients.append(encoder.projection.grad.clone())
+    assert_close(*gradients, atol=1e-4)
+    assert gradients[0].abs().max() > 0.1
+    assert_close(encoder.encode_tokens(kept, batch_size=2), encoder.encode(TEXTS))
+
+
 def test_freeze_counts(tiny_llama: Path) -> None:
     encoder = BiEncoder.load(tiny_llama, device="cpu")
     encoder.freeze(3)
@@ -145,7 +174,7 @@ def test_freeze_counts(tiny_llama: Path) -> None:
     assert all(name.startswith(("layers.3", "norm")) for name in trainable) and "norm.weight" in {n for n, p in encoder.model.named_parameters() if p.requires_grad}
     encoder.freeze(0)
     assert all(p.requires_grad for p in encoder.parameters())
-    with pytest.raises(ValueError, match="expected 0 to 3, got 4"):
+    with pytest.raises(ValueError, match="expected 0 to 3, got 4; all of them only where a projection"):
         encoder.freeze(4)
 
 

@@ -222,3 +222,15 @@ def test_a_plan_that_failed_on_every_query_is_reported(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "bad: 0 lists, 0 of 1 queries have passages, 0 at the first attempt" in out
     assert "later: 1 lists, 1 of 1 queries have passages, 0 at the first attempt" in out
+
+
+def test_common_keeps_the_queries_that_all_sources_have(tmp_path, capsys):
+    for name, queries in {"a": "xyz", "b": "yz"}.items():
+        rows = [{"query": query, "passages": {"1": f"{query} passage", "0": "another"}} for query in queries]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "other.jsonl").write_text(json.dumps({"query": "w", "passages": {"1": "one", "0": "two"}}) + "\n")
+    command = ["--common", "--model", "none", "--encoder", "none", "--lists"]
+    assert quality.main([*command, str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]) == 0
+    assert "a: 2 lists" in (out := capsys.readouterr().out) and "b: 2 lists" in out
+    assert quality.main([*command, str(tmp_path / "a.jsonl"), str(tmp_path / "other.jsonl")]) == 2
+    assert "expected queries that all sources have" in capsys.readouterr().err
