@@ -1,138 +1,208 @@
-"""Train every arm with every seed, score each on every collection, and keep one small record a run.
+"""Run every arm with every seed, score each on every collection, and keep one small record a run.
 
-    python -m repro.experiments --data sample ../data/scifact --seeds 0 1 2 --results repro/results
+    python -m repro.experiments --group main --data sample ../data/scifact --real ../data/wikiqa
 
-All arms start from the same encoder with the same frozen layers, so those layers run once for the
-training lists and once for each collection; the arms share their states in memory.  That is what
-makes the table affordable on two cores.  Finished runs and finished records are never repeated:
-the same command goes on after a kill.  Records hold ids and scores, no text of any collection.
+All arms start from the same encoder with the same frozen layers, whose output is computed once and kept
+(`repro.states`).  Each group of arms has a folder of records; what is finished is never repeated, so
+the same command goes on after a kill, and a collection named later is added to the records.  Records
+hold ids and scores, no text of any collection.
 """
 
 import argparse
 import json
+import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from transformers import AutoTokenizer, LlamaConfig, LlamaModel
 
+import torch
+
+from repro.arms import ABLATIONS, MAIN, Arm, ListSet, list_sets
+from repro.checkpoints import cache_dir, load_pretrained, pick_device
 from repro.data import load_beir
-from repro.encoder import AUTHORED, BiEncoder
+from repro.encoder import AUTHORED, BASE_CHECKPOINT, BiEncoder
 from repro.evaluate import evaluate_model
-from repro.runs import write_json
-from repro.train import TokenSource, TrainConfig, default_freeze, token_source, train, training_lists
+from repro.files import replacing
+from repro.metrics import MEASURES
+from repro.runs import machine
+from repro.states import StateBank
+from repro.tune import FromStates, development_ndcg, settings_of, train_arm, tune
 
-# What differs between the arms; everything else is TrainConfig's default.
-ARMS: dict[str, dict[str, Any]] = {
-    "InfoNCE": {"loss": "infonce"},
-    "KL": {"loss": "kl"},
-    "Gaussian W2": {"loss": "wasserstein_gaussian"},
-    "1-D W1": {"loss": "wasserstein_1d"},
-}
-
-
-class FromStates:
-    """An encoder that looks its texts' frozen states up instead of computing them; `evaluate_model` takes it."""
-
-    def __init__(self, encoder: BiEncoder, tokens: TokenSource):
-        self.encoder, self.tokens, self.device = encoder, tokens, encoder.device
-
-    def encode(self, texts: Sequence[str], kind: str = "passage", batch_size: int = 32, progress: bool = False) -> Tensor:
-        """`BiEncoder.encode` on texts that the token source knows."""
-        return self.encoder.encode_tokens(self.tokens(list(texts), kind), batch_size, progress)
+RESULTS = Path(__file__).parent / "results"
+REFERENCES = {"BM25": "bm25", "base": "base", "supervised": "all-minilm-l6-v2"}
+GROUPS = ("references", "main", *ABLATIONS)
+DIGITS = 5  # of per-query values in the records
 
 
-def train_arms(
-    arms: Mapping[str, dict[str, Any]], seeds: Sequence[int], runs: Path, common: TrainConfig
-) -> dict[tuple[str, int], Path]:
-    """One finished model folder for each (arm, seed); the frozen states of the lists are computed once.
-
-    `common` holds what the arms share: lists, start, epochs and the like.
-    """
-    training = training_lists(common)
-    tokens: TokenSource | None = None
-    folders = {}
-    for seed in seeds:
-        for arm, options in arms.items():
-            folder = folders[arm, seed] = runs / f"{arm.replace(' ', '-')}-seed{seed}"
-            if tokens is None and not folder.exists():
-                start = BiEncoder.load(common.model, common.device)
-                start.freeze(default_freeze(common))
-                texts = [item.query for item in training], [passage for item in training for passage in item.passages]
-                tokens = token_source(start, *texts, common.state_gb)
-            record = train(replace(common, out=str(folder), seed=seed, **options), training, tokens)
-            print(f"{arm}, seed {seed}: {record['steps']} steps in {record['minutes']:.1f} minutes", flush=True)
-    return folders
+def random_encoder(seed: int, device: str) -> BiEncoder:
+    """A small transformer with random weights, all of it trainable: two layers, 128 wide, the built-in tokenizer."""
+    torch.manual_seed(seed)
+    tokenizer = load_pretrained(BASE_CHECKPOINT, AutoTokenizer)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=256,
+    )  # fmt: skip
+    return BiEncoder(LlamaModel(config), tokenizer, normalise=True).to(pick_device(device)).eval()
 
 
-def training_of(model: str) -> dict[str, Any] | None:
-    """What a record says about how its model was trained: settings, steps, minutes; None if it was not."""
-    path = Path(model) / "train.json"
-    if not path.is_file():
-        return None
-    run = json.loads(path.read_text(encoding="utf-8"))
-    settings = {key: value for key, value in run["settings"].items() if key not in ("lists", "model", "real")}
-    return {"settings": settings} | {key: run[key] for key in ("chosen", "queries", "lists_sha256", "steps", "minutes")}
+def commit() -> str | None:
+    """The commit of the code that runs, with a + if files have changed since; None outside a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout.strip() or None if done.returncode == 0 else None
 
 
-def score_collection(
-    data: str, folders: Mapping[tuple[str, int], Path], results: Path, common: TrainConfig, state_gb: float = 16.0
-) -> None:
-    """Score BM25, the start and every trained model on one collection; write the records that are missing.
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file, or {} if there is no such file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
-    The lower layers are equal in all of them, so they run once over the collection (`state_gb` of
-    memory at most: 4 GB hold 1.7 million tokens of the built-in encoder).
-    """
-    name = Path(data).resolve().name if Path(data).is_dir() else data.replace("/", "-")
-    wanted: dict[str, tuple[str, int | None, str]] = {"bm25": ("bm25", None, "bm25"), "base": ("base", None, common.model)}
-    for (arm, seed), folder in folders.items():
-        wanted[folder.name] = (arm, seed, str(folder))
-    missing = {key: what for key, what in wanted.items() if not (results / name / f"{key}.json").exists()}
-    if not missing:
-        print(f"{name}: all {len(wanted)} records are there", flush=True)
-        return
-    corpus, queries, qrels = load_beir(data)
-    tokens: TokenSource | None = None
-    (results / name).mkdir(parents=True, exist_ok=True)
-    for key, (arm, seed, model) in missing.items():
-        scorer: Any = model
-        if model != "bm25":
-            encoder = BiEncoder.load(model, common.device)
-            encoder.freeze(default_freeze(common))
-            if tokens is None:
-                tokens = token_source(encoder, list(queries.values()), list(corpus.values()), state_gb)
-            scorer = FromStates(encoder, tokens)
-        record = {"collection": name, "arm": arm, "seed": seed, **evaluate_model(scorer, corpus, queries, qrels, progress=True)}
-        write_json(results / name / f"{key}.json", record | {"model": key, "training": training_of(model)})
-        print(f"{name}, {key}: nDCG@10 {record['metrics']['ndcg@10']:.4f}", flush=True)
+
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """One line a field, and one a collection; the file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    collections = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in record.get("collections", {}).items())
+    lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in record.items() if key != "collections"]
+    with replacing(path) as sink:
+        sink.write("{\n" + ",\n".join([*lines, ' "collections": {\n' + collections + "\n }"]) + "\n}\n")
+
+
+class Bench:
+    """What the runs share: list sets, collections, the start, its banks, the tuned settings."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.results = args, args.results
+        self.sets: dict[str, ListSet] = list_sets(args.authored, args.generated, args.real, args.real_graded)
+        self.data = {("sample" if data == "sample" else Path(data).resolve().name if Path(data).is_dir() else data): data for data in args.data}
+        self.loaded: dict[str, Any] = {}
+        self.starts: dict[Any, tuple[BiEncoder, StateBank]] = {}
+
+    def collection(self, name: str) -> Any:
+        """(corpus, queries, qrels), read once."""
+        if name not in self.loaded:
+            self.loaded[name] = load_beir(self.data[name], self.args.split)
+        return self.loaded[name]
+
+    def start(self, settings: dict[str, Any], seed: int) -> tuple[BiEncoder, StateBank]:
+        """The encoder that a run starts from, frozen, and its bank; shared by all runs with the same start."""
+        if settings.get("model") == "random":
+            encoder = random_encoder(seed, self.args.device)
+            return encoder, StateBank(encoder)
+        freeze = settings.get("freeze")
+        if freeze not in self.starts:
+            encoder = BiEncoder.load(self.args.model, self.args.device, "float32")
+            encoder.freeze(encoder.model.config.num_hidden_layers if freeze is None else freeze)
+            self.starts[freeze] = encoder, StateBank(encoder, cache_dir() / "pooled", self.args.state_gb)
+        return self.starts[freeze]
+
+    def score(self, path: Path, record: dict[str, Any], model: Any, bank: StateBank | None) -> None:
+        """Add the collections that the record lacks, writing it after each."""
+        record.setdefault("collections", {})
+        for name in self.data:
+            if name in record["collections"]:
+                continue
+            corpus, queries, qrels = self.collection(name)
+            if bank is not None:
+                bank.add(list(queries.values()), "query")
+                bank.add(list(corpus.values()), "passage")
+            scorer = model if bank is None else FromStates(model, bank)
+            found = evaluate_model(scorer, corpus, queries, qrels, device=self.args.device, progress=bank is None)
+            per_query = {qid: [round(row[m], DIGITS) for m in MEASURES] for qid, row in found["per_query"].items()}
+            rounded = {measure: round(value, DIGITS) for measure, value in found["metrics"].items()}
+            record["collections"][name] = {"metrics": rounded, "passages": len(corpus), "per_query": per_query}
+            write_record(path, record)
+            print(f"{path.parent.name}/{path.stem}: {name} nDCG@10 {found['metrics']['ndcg@10']:.4f}", flush=True)
+
+    def is_complete(self, record: dict[str, Any]) -> bool:
+        """Whether a record holds every collection that was asked for."""
+        return set(self.data) <= set(record.get("collections", {}))
+
+    def tuned(self, arm: Arm) -> dict[str, Any]:
+        """The arm's settings from tuning.json; found and written there if they are not."""
+        path = self.results / "tuning.json"
+        table = read_json(path)
+        name = arm.settings_of or arm.name
+        if name not in table:
+            if arm.settings_of:
+                raise ValueError(f"{path}: expected the settings of {name!r}, found none; run --group main first")
+            start, bank = self.start({}, 0)
+            table[name] = tune(arm, self.sets[arm.lists], start, bank)
+            with replacing(path) as sink:
+                sink.write(json.dumps(table, indent=1) + "\n")
+        return table[name]["best"]
+
+    def run(self, group: str, arm: Arm, seed: int) -> None:
+        """Train and score one arm with one seed, unless its record is complete."""
+        path = self.results / group.replace(" ", "-") / f"{arm.name.replace(', ', '--').replace(' ', '-')}-seed{seed}.json"
+        record = read_json(path)
+        if self.is_complete(record):
+            return
+        settings = settings_of(arm, self.tuned(arm))
+        start, bank = self.start(settings, seed)
+        encoder, told = train_arm(arm, settings, self.sets[arm.lists], seed, start, bank)
+        if not record:
+            told["development"] = round(development_ndcg(encoder, self.sets[arm.lists], bank), DIGITS)
+            record = {"group": group, "arm": arm.name, "seed": seed, "measures": list(MEASURES), "training": told}
+            record |= {"machine": machine(encoder.device), "commit": commit()}
+        self.score(path, record, encoder, bank)
+        if self.args.keep_models and not (kept := self.args.keep_models / path.parent.name / path.stem).exists():
+            encoder.save(kept)
+
+    def reference(self, name: str) -> None:
+        """Score BM25, the start or the supervised encoder."""
+        path = self.results / "references" / f"{name}.json"
+        record = read_json(path)
+        if self.is_complete(record):
+            return
+        model, bank = (*self.start({}, 0),) if name == "base" else (REFERENCES[name], None)
+        if not record:
+            told = {"model": self.args.model if name == "base" else REFERENCES[name]}
+            record = {"group": "references", "arm": name, "seed": None, "measures": list(MEASURES), "training": told}
+            record |= {"machine": machine(pick_device(self.args.device)), "commit": commit()}
+        self.score(path, record, model, bank)
+
+
+def arms_of(group: str, wanted: Sequence[str] | None, sets: dict[str, ListSet]) -> list[Arm]:
+    """The arms of a group that were asked for and whose lists there are; the others are named on stderr."""
+    arms = [arm for arm in (MAIN if group == "main" else ABLATIONS[group]) if not wanted or arm.name in wanted]
+    if lacking := [arm.name for arm in arms if arm.lists not in sets]:
+        print(f"{group}: left out for want of --real, --real-graded or --generated: {'; '.join(lacking)}", file=sys.stderr)
+    return [arm for arm in arms if arm.lists in sets]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line: train what is not trained, then score what is not scored."""
+    """Command line: run what has no complete record."""
     parser = argparse.ArgumentParser(prog="python -m repro.experiments", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--data", nargs="+", default=["sample"], metavar="FOLDER_OR_ID", help="collections to score on")
-    parser.add_argument("--lists", nargs="+", default=[str(AUTHORED)], metavar="FILE", help="training lists")
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), metavar="ARM", help=", ".join(ARMS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=TrainConfig.epochs)
-    parser.add_argument("--model", default=TrainConfig.model, help="the start of all arms (default: base)")
-    parser.add_argument("--freeze", type=int, help="lower layers that stay fixed (default: as in repro.train)")
-    parser.add_argument("--lr", type=float, help="peak learning rate of all arms (default: as in repro.train)")
-    parser.add_argument("--batch-size", type=int, default=TrainConfig.batch_size, help="lists in one loss")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where the trained models go")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", help="where the records go")
+    add = parser.add_argument
+    add("--group", nargs="+", choices=GROUPS, default=["references", "main"], metavar="GROUP", help=", ".join(GROUPS))
+    add("--arms", nargs="+", metavar="NAME", help="only these arms of the groups")
+    add("--data", nargs="+", default=["sample"], metavar="FOLDER_OR_ID", help="test collections")
+    add("--split", default="test", help="their judgments (default: test)")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    add("--authored", default=str(AUTHORED), metavar="FILE", help="graded lists to train on (default: the kit's)")
+    add("--generated", default=str(AUTHORED.with_name("smollm2-135m.jsonl")), metavar="FILE", help="the local model's lists")
+    add("--real", metavar="FOLDER_OR_ID", help="a collection with train judgments")
+    add("--real-graded", metavar="FILE", help="synthetic lists for (some of) its train queries")
+    add("--model", default="base", help="the start of all arms (default: base)")
+    add("--device", default="auto")
+    add("--state-gb", type=float, default=8.0, help="memory for token states where not all layers are frozen")
+    add("--keep-models", type=Path, metavar="FOLDER", help="save the trained encoders there (200 MB each)")
+    add("--results", type=Path, default=RESULTS, help="where the records go")
     args = parser.parse_args(argv)
-    common = TrainConfig(
-        lists=list(args.lists), model=args.model, epochs=args.epochs, freeze=args.freeze, lr=args.lr,
-        batch_size=args.batch_size, device=args.device,
-    )  # fmt: skip
     try:
-        folders = train_arms({arm: ARMS[arm] for arm in args.arms}, args.seeds, args.runs, common)
-        for data in args.data:
-            score_collection(data, folders, args.results, common)
+        bench = Bench(args)
+        args.results.mkdir(parents=True, exist_ok=True)
+        for group in args.group:
+            if group == "references":
+                for name in REFERENCES:
+                    bench.reference(name)
+                continue
+            for arm in arms_of(group, args.arms, bench.sets):
+                for seed in args.seeds:
+                    bench.run(group, arm, seed)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 GREYS = ("0.15", "0.45", "0.65", "0.85")  # far enough apart to tell in print
 HATCHES = ("", "//", "..", "xx", "\\\\", "--", "++", "oo")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINES = ("-", "--", ":", "-.")
 
 
@@ -65,4 +66,52 @@ def arms_figure(
     axis.set_xlim(0, 1)
     axis.set_xlabel(f"{measure} (0 to 1), mean over {len(next(iter(per_query.values())))} queries, bars: 95 % interval of the mean")
     axis.set_title(f"{measure} on {collection}")
+    return figure
+
+
+def effects_figure(effects: Mapping[str, Mapping[str, tuple[float, float, float]]], measure: str = "nDCG@10") -> Figure:
+    """Differences with their intervals: one row a comparison, one mark a collection; {comparison: {collection: (mean, low, high)}}."""
+    collections = list(dict.fromkeys(name for row in effects.values() for name in row))
+    figure, axis = plt.subplots(figsize=(8, 0.62 * len(effects) + 1.3), layout="constrained")
+    for place, (_, row) in enumerate(reversed(effects.items())):
+        for name, (mean, low, high) in row.items():
+            which = collections.index(name)
+            height = place + 0.62 * (0.5 - (which + 0.5) / len(collections))
+            label = name if name not in axis.get_legend_handles_labels()[1] else None
+            marks = {"marker": MARKERS[which % len(MARKERS)], "markersize": 5, "color": GREYS[which % 3], "capsize": 2}
+            axis.errorbar([mean], [height], xerr=[[mean - low], [high - mean]], linestyle="", label=label, **marks)
+        axis.axhline(place - 0.5, color="0.85", linewidth=0.6)
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set_yticks(range(len(effects)), list(effects)[::-1], fontsize=8)
+    axis.set_ylim(-0.5, len(effects) - 0.5)
+    axis.set_xlabel(f"difference in {measure} (range -1 to 1), 95 % bootstrap interval over queries")
+    axis.set_title("What each comparison found, by collection")
+    axis.legend(frameon=False, fontsize=8, loc="best")
+    return figure
+
+
+def lines_figure(
+    curves: Mapping[str, Mapping[str, Mapping[float, float]]], x_label: str, title: str, measure: str = "nDCG@10",
+    reference: Mapping[str, float] | None = None,
+) -> Figure:
+    """One panel a collection, one line an arm: {arm: {collection: {x: mean}}}; dotted: `reference`, {collection: mean}."""
+    collections = list(dict.fromkeys(name for row in curves.values() for name in row))
+    figure, axes = plt.subplots(1, len(collections), figsize=(3.1 * len(collections), 3.2), layout="constrained", squeeze=False)
+    for axis, name in zip(axes[0], collections, strict=True):
+        for place, (arm, row) in enumerate(curves.items()):
+            points = sorted(row.get(name, {}).items())
+            style = {"linestyle": LINES[place % 4], "marker": MARKERS[place % len(MARKERS)], "color": GREYS[place % 3]}
+            axis.plot([x for x, _ in points], [y for _, y in points], label=arm, markersize=4, **style)
+        if reference and name in reference:
+            axis.axhline(reference[name], color="black", linestyle=":", linewidth=1, label="start")
+        axis.set_xscale("log")
+        ticks = sorted({x for row in curves.values() for x in row.get(name, {})})
+        axis.set_xticks(ticks, [f"{x:g}" for x in ticks])
+        axis.minorticks_off()
+        axis.set_xlabel(x_label)
+        axis.set_title(name, fontsize=10)
+    axes[0][0].set_ylabel(f"{measure} (0 to 1)")
+    figure.suptitle(title)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(5, len(labels)), frameon=False)
     return figure

@@ -1,105 +1,150 @@
 """Turn the run records into the tables of the README: `python -m repro.report --readme README.md`.
 
-Reads `repro/results/COLLECTION/*.json`, averages seeds query by query, compares every arm with
-InfoNCE by the paired permutation test, corrects over collections (Holm), and writes Markdown.  With
-`--readme` the block between the two `results` marks of that file is replaced; nothing is typed by
-hand.
+Reads `repro/results/GROUP/*.json` and `tuning.json`, averages seeds query by query, tests differences
+(`stats`), judges the claims (`claims`), and writes Markdown.  With `--readme` the block between the two
+`results` marks of that file is replaced; nothing is typed by hand.
 """
 
 import argparse
 import json
+import statistics
 import sys
-from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from repro.arms import ABLATIONS, MAIN
+from repro.claims import NO_VOTE, Record, collections_of, differences, judge
 from repro.files import replacing
-from repro.stats import average_seeds, compare, holm, seed_summary
+from repro.stats import Comparison, seed_summary
 
 RESULTS = Path(__file__).parent / "results"
 BEGIN, END = "<!-- results: written by `python -m repro.report --readme README.md` -->", "<!-- end of results -->"
-Records = dict[str, dict[str, list[dict[str, Any]]]]  # {collection: {arm: one record a seed}}
+FIXED = ("BM25", "base", "supervised")  # nothing of them is drawn: one run each
 
 
 class ReportError(ValueError):
     """Records that are missing or cannot be read."""
 
 
-def read_records(folder: Path) -> Records:
-    """All records below `folder`, by collection and arm, seeds in order.  ReportError names a bad file."""
-    records: Records = defaultdict(lambda: defaultdict(list))
+def read_records(folder: Path) -> list[Record]:
+    """All run records below `folder`, ordered by group, arm and seed.  ReportError names a bad file."""
+    records = []
     for path in sorted(folder.glob("*/*.json")):
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-            records[record["collection"]][record["arm"]].append(record)
-        except (OSError, ValueError, KeyError) as error:
+            {record[key] for key in ("group", "arm", "seed")}
+            [values["per_query"] for values in record["collections"].values()]
+            records.append(record)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ReportError(f"{path}: expected a run record, but {type(error).__name__}: {error}") from error
     if not records:
         raise ReportError(f"{folder}: expected run records, found none; `python -m repro.experiments` makes them")
     return records
 
 
-def per_query(records: list[dict[str, Any]], measure: str) -> dict[str, float]:
-    """{query id: value}, averaged over the seeds of one arm."""
-    return average_seeds([{query: row[measure] for query, row in r["per_query"].items()} for r in records])
+def arms_of(records: Sequence[Record], group: str) -> list[str]:
+    """The arms of a group, in the order in which `repro.arms` names them; unknown ones last."""
+    known = {"references": list(FIXED), "main": [a.name for a in MAIN]} | {g: [a.name for a in arms] for g, arms in ABLATIONS.items()}
+    order = known.get(group, [])
+    found = {record["arm"] for record in records if record["group"] == group}
+    return sorted(found, key=lambda arm: (order.index(arm) if arm in order else len(order), arm))
 
 
-def table(records: Records, measure: str = "ndcg@10", reference: str = "InfoNCE") -> str:
-    """A Markdown table: arms by collections, mean +- seed deviation, and the difference to the reference arm."""
-    collections = sorted(records, key=lambda name: (name != "sample", name))
-    order = ["bm25", "base", reference]
-    arms = order + sorted({arm for name in collections for arm in records[name]} - set(order))
-    tests, p_values = {}, {}
-    for name in collections:
-        for arm in arms:
-            if arm != reference and arm in records[name] and reference in records[name]:
-                sides = (per_query(records[name][key], measure) for key in (reference, arm))
-                tests[name, arm] = compare(*sides)
-    for arm in arms:  # one family for each arm: its collections
-        p_values |= {key: p for key, p in holm({key: t.p for key, t in tests.items() if key[1] == arm}).items()}
-    lines = [f"| {measure} | " + " | ".join(collections) + " |", "| --- |" + " --- |" * len(collections)]
-    for arm in arms:
-        cells = []
-        for name in collections:
-            if arm not in records[name]:
-                cells.append("")
-                continue
-            mean, deviation = seed_summary([r["metrics"][measure] for r in records[name][arm]])
-            cell = f"{mean:.3f}" + (f" ± {deviation:.3f}" if deviation is not None and arm not in ("bm25", "base") else "")
-            if (name, arm) in tests:
-                t = tests[name, arm]
-                cell += f" ({t.difference:+.3f}, {t.low:+.3f} to {t.high:+.3f}, p {p_values[name, arm]:.2g})"
-            cells.append(cell)
-        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def shown(test: Comparison, p: float) -> str:
+    """A difference with its interval and p, for one cell; bold if p <= .05."""
+    text = f"{test.difference:+.3f} ({test.low:+.3f} to {test.high:+.3f}, p {p:.2g})"
+    return f"**{text}**" if p <= 0.05 else text
 
 
-def provenance(records: Records, reference: str = "InfoNCE") -> str:
-    """One sentence: seeds, machine, versions and minutes of what the table shows."""
-    trained = [r for arms in records.values() for arm, rows in arms.items() if arm not in ("bm25", "base") for r in rows]
-    seeds = sorted({r["seed"] for r in trained})
-    one = (trained or [r for arms in records.values() for rows in arms.values() for r in rows])[0]
-    versions = ", ".join(f"{name} {version}" for name, version in one["versions"].items())
-    counts = "; ".join(
-        f"{name}: {rows['counts']['passages']} passages, {rows['counts']['queries']} queries"
-        for name, rows in ((name, next(iter(arms.values()))[0]) for name, arms in records.items())
-    )
-    training = next((r["training"] for r in trained if r.get("training")), None)
-    how = ""
-    if training:
-        chosen = training["chosen"]
-        how = (
-            f"Training: {training['queries']} lists, {training['steps']} steps of {training['settings']['batch_size']}, "
-            f"{chosen['freeze']} layers frozen, learning rate {chosen['lr']:g}, temperature {chosen['temperature']:g}, "
-            f"about {training['minutes']:.0f} minutes an arm. "
-        )
-    machine = f"{one['machine']['platform']}, {one['machine']['cpus']} cores, {one['device']}"
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(header) + " |", "| " + " | ".join("---" for _ in header) + " |"]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def claims_table(records: Sequence[Record]) -> str:
+    """Claim, comparison, difference on each collection, verdict."""
+    names = collections_of(records)
+    rows = []
+    for claim, found, result in judge(records):
+        sides = f"{claim.text}: *{claim.better[1]}* against *{claim.than[1]}*"
+        rows.append([claim.claim, sides, *(shown(*found[n]) if n in found else "" for n in names), f"**{result}**"])
+    return markdown(["claim", "what was compared (nDCG@10)", *names, "verdict"], rows)
+
+
+def means_table(records: Sequence[Record], groups: Sequence[str], measure: str = "ndcg@10") -> str:
+    """Arms by collections: mean over queries and seeds, and the deviation over seeds."""
+    names = collections_of([r for r in records if r["group"] in groups])
+    rows = []
+    for group in groups:
+        for arm in arms_of(records, group):
+            runs = [r for r in records if (r["group"], r["arm"]) == (group, arm)]
+            cells = []
+            for name in names:
+                values = [r["collections"][name]["metrics"][measure] for r in runs if name in r["collections"]]
+                mean, deviation = seed_summary(values) if values else (None, None)
+                cells.append("" if mean is None else f"{mean:.3f}" + (f" ± {deviation:.3f}" if deviation is not None else ""))
+            rows.append([arm, *cells])
+    return markdown([measure, *names], rows)
+
+
+def differences_table(records: Sequence[Record], reference: tuple[str, str]) -> str:
+    """Every main arm against one arm: difference, interval, p (Holm over the collections)."""
+    names = collections_of(records)
+    rows = []
+    for group in ("references", "main"):
+        for arm in arms_of(records, group):
+            if (group, arm) != reference:
+                found = differences(records, (group, arm), reference, names)
+                rows.append([arm, *(shown(*found[n]) if n in found else "" for n in names)])
+    return markdown([f"nDCG@10 minus that of {reference[1]}", *names], rows)
+
+
+def tuning_table(tuning: dict[str, Any]) -> str:
+    """What tuning chose for each arm, on the development queries."""
+    rows = []
+    for arm, found in tuning.items():
+        best = ", ".join(f"{key} {value}" for key, value in found["best"].items())
+        values = [trial["ndcg@10"] for trial in found["trials"]]
+        rows.append([arm, str(len(values)), f"{found['start']:.3f}", f"{statistics.median(values):.3f}", f"{max(values):.3f}", best])
+    return markdown(["arm", "trials", "nDCG@10 of the start", "median trial", "best trial", "its settings"], rows)
+
+
+def provenance(records: Sequence[Record]) -> str:
+    """Seeds, steps, machine, versions, minutes and sizes of what the tables show."""
+    trained = [r for r in records if r["seed"] is not None] or list(records)
+    machines = {", ".join(f"{key} {value}" for key, value in r["machine"].items()) for r in trained}
+    seeds = sorted({r["seed"] for r in trained if r["seed"] is not None})
+    minutes = sum(r["training"].get("minutes", 0) for r in trained)
+    sizes = {
+        name: f"{name}: {values['passages']} passages, {len(values['per_query'])} queries"
+        for record in records for name, values in record["collections"].items()
+    }  # fmt: skip
+    commits = sorted({str(r["commit"]) for r in records})
     return (
-        f"{how}Seeds: {', '.join(map(str, seeds))}. {machine}; {versions}. {counts}. In brackets: difference to "
-        f"{reference}, its 95 % bootstrap interval over queries, and p of the paired permutation test, Holm-corrected "
-        "over collections."
+        f"{len(trained)} trained models, seeds {', '.join(map(str, seeds))}, {minutes:.0f} minutes of training in all (scoring and "
+        f"frozen layers not counted). {'; '.join(sizes[n] for n in collections_of(records))}. Machine: {'; '.join(sorted(machines))}. "
+        f"Code: commit {', '.join(commits)} (+ means with uncommitted changes). Differences: paired over queries, seeds averaged; in "
+        f"brackets the 95 % bootstrap interval and p of the permutation test, Holm-corrected over collections; bold is p <= .05. "
+        f"{', '.join(NO_VOTE)} has no vote in a verdict."
     )
+
+
+def report(records: Sequence[Record], tuning: dict[str, Any]) -> str:
+    """The README's results block."""
+    main, parts = ("references", "main"), []
+    parts += ["**The claims.**", claims_table(records), "**All arms, nDCG@10** (mean, ± deviation over seeds).", means_table(records, main)]
+    parts += [provenance(records)]
+    parts += ["<details><summary>Differences to InfoNCE and to the start</summary>"]
+    parts += [differences_table(records, side) for side in (("main", "InfoNCE"), ("references", "base"))]
+    parts += ["</details>", "<details><summary>MRR@10 and Recall@100</summary>"]
+    parts += [means_table(records, main, measure) for measure in ("mrr@10", "recall@100")]
+    parts += ["</details>", "<details><summary>What tuning chose</summary>", tuning_table(tuning), "</details>"] if tuning else ["</details>"]
+    for group in dict.fromkeys(r["group"] for r in records):
+        if group not in main:
+            parts += [f"<details><summary>Ablation: {group}</summary>", means_table(records, (group,)), "</details>"]
+    return "\n\n".join(parts)
 
 
 def write_readme(path: Path, text: str) -> None:
@@ -112,16 +157,20 @@ def write_readme(path: Path, text: str) -> None:
         sink.write(f"{before}{BEGIN}\n{text}\n{END}{after}")
 
 
+def read_tuning(folder: Path) -> dict[str, Any]:
+    """The trials of every arm, {} if none have been run."""
+    path = folder / "tuning.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
 def main(argv: list[str] | None = None) -> int:
     """Command line: print the tables, or write them into a README."""
     parser = argparse.ArgumentParser(prog="python -m repro.report", description=__doc__.split("\n\n")[0])
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of run records")
     parser.add_argument("--readme", type=Path, help="Markdown file whose results block is replaced")
-    parser.add_argument("--measure", default="ndcg@10")
     args = parser.parse_args(argv)
     try:
-        records = read_records(args.results)
-        text = f"{table(records, args.measure)}\n\n{provenance(records)}"
+        text = report(read_records(args.results), read_tuning(args.results))
         if args.readme:
             write_readme(args.readme, text)
         else:

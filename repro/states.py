@@ -87,10 +87,11 @@ class StateBank:
         # Blocks are cut from the texts as given, not from what is missing: the same collection gives the same files.
         size = BLOCK if self.encoder.all_frozen else max(1, len(unique))
         blocks = [unique[start : start + size] for start in range(0, len(unique), size)]
+        blocks = [block for block in blocks if any(text not in known for text in block)]
         silent = not self.progress or not self.encoder.all_frozen or len(blocks) < 2
         for block in tqdm(blocks, desc=f"frozen layers, {kind}", unit="block", disable=silent):
             new = [row for row, text in enumerate(block) if text not in known]
-            found = self._found(block, new, kind) if new else None
+            found = self._found(block, new, kind)
             if found is None:
                 continue
             known.update({block[row]: place for place, row in enumerate(new, start=len(known))})
