@@ -61,6 +61,12 @@ ABLATIONS: dict[str, tuple[Arm, ...]] = {
     "batch": tuple(variant(a, f"{b} lists a batch", batch_size=b, steps=STEPS * BATCH // b) for a in CORE for b in (4, 16, 64)),
     "line": tuple(variant("1-D W", f"order {p}, {x} axis", order=p, axis=x) for x in ("grade", "gain") for p in (1, 2)),
     "generator": tuple(variant(a, name, name) for a in CORE for name in ("authored", "local model")),
+    "same questions": (
+        variant("InfoNCE, real", "for the same questions", "real, same"),
+        variant("InfoNCE", "for the same questions", "synthetic, same"),
+        variant("Gaussian W2", "for the same questions", "synthetic, same"),
+        variant("1-D W", "for the same questions", "synthetic, same"),
+    ),
     "start": tuple(variant(a, "from a random encoder", "synthetic", model="random", lr=1e-3) for a in ("InfoNCE", "KL", "Gaussian W2", "1-D W")),
     "depth": tuple(variant(a, "upper 2 layers too", freeze=4, lr=3e-4) for a in CORE),
 }
@@ -96,7 +102,8 @@ def list_sets(authored: str, generated: str | None = None, real: str | None = No
     the target stays as sharp: 4 levels 3 2 1 0, 3 levels 3 1 1 0, 2 levels 3 0 0 0.  The development
     split is a tenth of the queries of each source.  "synthetic+" is authored and real_graded;
     "synthetic+real" is the same with up to three real passages (positive 3, other 1) in each list
-    whose query has them, k = 7 as in the paper.
+    whose query has them, k = 7 as in the paper.  "synthetic, same" and "real, same" are lists of both
+    kinds for the very same questions.
     """
     base = _split(load_lists([authored]))
     sets = {"synthetic": base, "4 levels": base}
@@ -124,5 +131,10 @@ def list_sets(authored: str, generated: str | None = None, real: str | None = No
         asked = {item.query.lower() for item in graded}
         pages = [cut(item, 3, rng) for item in whole.train if item.query.lower() in asked]
         sets["synthetic+"] = more
+        asked_and_kept = [item for item in graded if item.query.lower() not in held]
+        by_query = {item.query.lower(): item for item in sets["real"].train}
+        both = [item for item in asked_and_kept if item.query.lower() in by_query]
+        sets["synthetic, same"] = ListSet(both, more.held_out)
+        sets["real, same"] = ListSet([by_query[item.query.lower()] for item in both], whole.held_out)
         sets["synthetic+real"] = ListSet(combine(more.train, pages), more.held_out)
     return sets

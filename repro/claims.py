@@ -40,6 +40,7 @@ CLAIMS = (
     Claim("C2", "for comparison: InfoNCE on the same passages", INFO, BASE),
     Claim("C3", "it is more robust to shift than InfoNCE on real data (1-D)", ("main", "1-D W"), ("main", "InfoNCE, real"), shift_only=True),
     Claim("C3", "the same, with the Gaussian form", ("main", "Gaussian W2"), ("main", "InfoNCE, real"), shift_only=True),
+    Claim("C3", "synthetic against real lists for the very same questions (1-D)", ("same questions", "1-D W, for the same questions"), ("same questions", "InfoNCE, real, for the same questions"), shift_only=True),
     Claim("C4", "real passages next to the synthetic ones help (1-D)", ("main", "1-D W, more lists + real"), ("main", "1-D W, more lists")),
     Claim("C5", "four levels beat positive and rest (1-D)", ("levels", "1-D W, 4 levels"), ("levels", "1-D W, 2 levels")),
     Claim("C5", "the same, with the Gaussian form", ("levels", "Gaussian W2, 4 levels"), ("levels", "Gaussian W2, 2 levels")),

@@ -34,7 +34,8 @@ class FromStates:
 
     def encode(self, texts: list[str], kind: str = "passage", batch_size: int = 32, progress: bool = False) -> Tensor:
         """`BiEncoder.encode` on texts that the bank knows (others are computed whole)."""
-        return self.encoder.encode_tokens(self.bank(texts, kind), batch_size, progress)
+        size = 4096 if self.encoder.all_frozen else batch_size  # only a matrix product is left to do
+        return self.encoder.encode_tokens(self.bank(texts, kind), size, progress)
 
 
 def settings_of(arm: Arm, tuned: dict[str, Any]) -> dict[str, Any]:

@@ -174,6 +174,7 @@ def test_list_sets_split_once_and_never_train_on_held_out_queries(tmp_path: Path
     assert not held_real & {item.query for item in plus.train} and {item.id for item in plus.train} == {item.id for item in both.train}
     joined = [item for item in both.train if item.id.startswith("r")]
     assert joined and {tuple(item.grades) for item in joined} == {(3, 2, 1, 0, 3, 1, 1)}
+    assert [item.query for item in sets["real, same"].train] == [item.query for item in sets["synthetic, same"].train] != []
     for group in ABLATIONS.values():
         assert {arm.lists for arm in group} <= sets.keys() | {"authored", "local model"} and {arm.settings_of for arm in group} <= {a.name for a in MAIN}
 
