@@ -42,6 +42,7 @@ CLAIMS = (
     Claim("C3", "the same, with the Gaussian form", ("main", "Gaussian W2"), ("main", "InfoNCE, real"), shift_only=True),
     Claim("C3", "synthetic against real lists for the very same questions (1-D)", ("same questions", "1-D W, for the same questions"), ("same questions", "InfoNCE, real, for the same questions"), shift_only=True),
     Claim("C4", "real passages next to the synthetic ones help (1-D)", ("main", "1-D W, more lists + real"), ("main", "1-D W, more lists")),
+    Claim("C4", "the same, and the real lists of questions without synthetic ones", ("main", "1-D W, more lists + all real"), ("main", "1-D W, more lists")),
     Claim("C5", "four levels beat positive and rest (1-D)", ("levels", "1-D W, 4 levels"), ("levels", "1-D W, 2 levels")),
     Claim("C5", "the same, with the Gaussian form", ("levels", "Gaussian W2, 4 levels"), ("levels", "Gaussian W2, 2 levels")),
     Claim("C5", "four levels beat lists of best and worst only (1-D)", ("levels", "1-D W, 4 levels"), ("levels", "1-D W, best and worst only")),

@@ -2,7 +2,8 @@
 
 A trial trains the arm once and ranks the development queries' own passages among those of all other
 queries, training ones included; nDCG@10 over the grades decides.  No test collection is looked at.
-The trials are drawn without repetition from the arm's grid; a grid that is smaller is tried whole.
+Half of the trials are drawn from the arm's grid, the others move from the best one to its neighbours; a
+grid that is smaller than the number of trials is tried whole.
 """
 
 import copy
@@ -68,18 +69,35 @@ def development_ndcg(encoder: BiEncoder, lists: ListSet, bank: StateBank) -> flo
     return evaluate_model(FromStates(encoder, bank), corpus, queries, judged, measures=("ndcg@10",), top_k=10)["metrics"]["ndcg@10"]
 
 
-def trials_of(arm: Arm) -> list[dict[str, Any]]:
-    """The settings to try, the same ones every time."""
+def next_trial(arm: Arm, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The settings to try after those in `rows` (each with its "ndcg@10"); None if the grid is exhausted.
+
+    The first half of the trials is drawn at random, the same for every call; then one setting of the best
+    trial so far is moved to a neighbouring value.  Where all neighbours are known, the draw goes on.
+    """
     grid = [dict(zip(arm.space, values, strict=True)) for values in itertools.product(*arm.space.values())]
-    return random.Random(f"{TRIAL_SEED}/{arm.name}").sample(grid, min(TRIALS, len(grid)))
+    drawn = random.Random(f"{TRIAL_SEED}/{arm.name}").sample(grid, len(grid))
+    known = [{key: row[key] for key in arm.space} for row in rows]
+    if 2 * len(rows) >= TRIALS:
+        best = max(rows, key=lambda row: row["ndcg@10"])
+
+        def steps(settings: dict[str, Any]) -> list[int]:
+            return [abs(values.index(settings[key]) - values.index(best[key])) for key, values in arm.space.items()]
+
+        near = [settings for settings in drawn if sum(steps(settings)) == 1 and settings not in known]
+        if near:
+            return near[0]
+    return next((settings for settings in drawn if settings not in known), None)
 
 
 def tune(arm: Arm, lists: ListSet, start: BiEncoder, bank: StateBank, progress: bool = True) -> dict[str, Any]:
-    """{"best": settings, "trials": [settings with their development nDCG, ...]}; ties go to the earlier trial."""
-    rows = []
-    for settings in tqdm(trials_of(arm), desc=f"tune {arm.name}", unit="trial", disable=not progress):
+    """{"best": settings, "start": nDCG of the start, "trials": [settings with their nDCG, ...]}; ties go to the earlier trial."""
+    rows: list[dict[str, Any]] = []
+    for _ in tqdm(range(TRIALS), desc=f"tune {arm.name}", unit="trial", disable=not progress):
+        if (settings := next_trial(arm, rows)) is None:
+            break
         encoder, _ = train_arm(arm, settings, lists, TRIAL_SEED, start, bank)
         rows.append({**settings, "ndcg@10": round(development_ndcg(encoder, lists, bank), 5)})
     best = max(rows, key=lambda row: row["ndcg@10"])
     start_ndcg = round(development_ndcg(start, lists, bank), 5)
-    return {"best": {key: value for key, value in best.items() if key != "ndcg@10"}, "start": start_ndcg, "trials": rows}
+    return {"best": {key: best[key] for key in arm.space}, "start": start_ndcg, "trials": rows}

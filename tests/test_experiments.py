@@ -74,9 +74,24 @@ def test_every_arm_gets_the_same_trials_and_the_best_one_is_used(results: Path) 
         assert found["best"].items() <= best.items()
         record = json.loads((results / f"results/main/{arm.replace(' ', '-')}-seed0.json").read_text())
         assert found["best"].items() <= record["training"].items()
-    for arm in MAIN:
-        assert len(tune.trials_of(arm)) == min(tune.TRIALS, np.prod([len(values) for values in arm.space.values()]))
-        assert tune.trials_of(arm) == tune.trials_of(arm)
+
+
+def test_trials_are_drawn_then_move_from_the_best_to_its_neighbours() -> None:
+    arm = next(arm for arm in MAIN if arm.name == "1-D W")
+    rows: list[dict] = []
+    while len(rows) < tune.TRIALS:
+        settings = tune.next_trial(arm, rows)
+        assert settings == tune.next_trial(arm, rows) and settings not in [{k: r[k] for k in arm.space} for r in rows]
+        rows.append({**settings, "ndcg@10": -abs(settings["lr"] - 2e-4) - abs(settings["temperature"] - 0.1) - (settings["axis"] == "gain")})
+    best = max(rows, key=lambda row: row["ndcg@10"])
+    assert best["lr"] == 2e-4 and best["temperature"] == 0.1 and best["axis"] == "grade"
+    changed = [sum(row[key] != best[key] for key in arm.space) for row in rows]
+    assert sum(changed[tune.TRIALS // 2 :]) < 0.7 * sum(changed[: tune.TRIALS // 2])
+    whole = next(arm for arm in MAIN if arm.name == "InfoNCE")
+    rows = []
+    while (settings := tune.next_trial(whole, rows)) is not None:
+        rows.append({**settings, "ndcg@10": 0.0})
+    assert len(rows) == 16 and len({tuple(row.items()) for row in rows}) == 16
 
 
 def test_second_run_repeats_nothing_and_a_lost_record_is_made_again(results: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -173,6 +188,7 @@ def test_list_sets_split_once_and_never_train_on_held_out_queries(tmp_path: Path
     plus, both = sets["synthetic+"], sets["synthetic+real"]
     assert not held_real & {item.query for item in plus.train} and {item.id for item in plus.train} == {item.id for item in both.train}
     joined = [item for item in both.train if item.id.startswith("r")]
+    assert {tuple(item.grades) for item in sets["synthetic+all real"].train} == {(3, 2, 1, 0), (3, 2, 1, 0, 3, 1, 1), (3, 1, 1)}
     assert joined and {tuple(item.grades) for item in joined} == {(3, 2, 1, 0, 3, 1, 1)}
     assert [item.query for item in sets["real, same"].train] == [item.query for item in sets["synthetic, same"].train] != []
     for group in ABLATIONS.values():
