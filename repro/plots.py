@@ -4,6 +4,7 @@ Each function draws one figure from numbers that it is handed and returns it; no
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -114,4 +115,27 @@ def lines_figure(
     figure.suptitle(title)
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(5, len(labels)), frameon=False)
+    return figure
+
+
+def levels_figure(reports: Mapping[str, Mapping[str, Any]], labels: Mapping[str, str]) -> Figure:
+    """What the passages of each grade are like: one panel a measure, one line a source (`repro.quality`'s reports)."""
+    reports = {source: content for source, content in reports.items() if content["lists"]}
+    names = list(dict.fromkeys(name for content in reports.values() for name in content["measures"]))
+    figure, axes = plt.subplots(1, len(names), figsize=(3.4 * len(names), 3.6), layout="constrained", squeeze=False)
+    for axis, name in zip(axes[0], names, strict=True):
+        grades = set()
+        for place, (source, content) in enumerate(reports.items()):
+            levels = {int(grade): value for grade, value in content["measures"].get(name, {}).get("levels", {}).items()}
+            grades |= levels.keys()
+            shift = 0.05 * (place - (len(reports) - 1) / 2)  # so that bars of two sources do not hide each other
+            style = {"marker": MARKERS[place % len(MARKERS)], "linestyle": LINES[place % 4], "color": str(0.65 * place / max(1, len(reports) - 1))}
+            means, deviations = ([value[key] for value in levels.values()] for key in ("mean", "deviation"))
+            axis.errorbar([g + shift for g in levels], means, yerr=deviations, label=source, capsize=2, elinewidth=0.7, markersize=5, **style)
+        axis.set_xlabel("grade of the passage")
+        axis.set_ylabel(labels.get(name, name))
+        axis.set_xticks(sorted(grades))
+    figure.suptitle("What the passages of each grade are like (mean and standard deviation over lists)")
+    handles, sources = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, sources, loc="outside lower center", ncols=min(5, len(sources)), frameon=False)
     return figure

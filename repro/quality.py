@@ -23,6 +23,7 @@ from repro.files import DataError, read_jsonl, replacing
 from repro.generators import GenerateError, load_generator
 from repro.likelihood import agreement, query_likelihood
 from repro.lists import GradedList, lists_from_jsonl
+from repro.plots import levels_figure
 from repro.prompts import topic
 
 Scorer = Callable[[Sequence[tuple[str, str]]], list[float]]  # (query, passage) pairs -> one number each
@@ -141,48 +142,6 @@ def table(reports: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def figure(reports: dict[str, dict[str, Any]], path: str | Path) -> None:
-    """One panel a measure: mean and deviation per level, one line a source; readable without colour."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    reports = {source: content for source, content in reports.items() if content["lists"]}
-    names = list(dict.fromkeys(name for content in reports.values() for name in content["measures"]))
-    drawing, axes = pyplot.subplots(1, len(names), figsize=(3.6 * len(names), 4.2), squeeze=False)
-    styles = [("o", "-"), ("s", "--"), ("^", ":"), ("D", "-."), ("v", "-"), ("P", "--"), ("X", ":")]
-    for axis, name in zip(axes[0], names, strict=True):
-        for place, (source, content) in enumerate(reports.items()):
-            levels = content["measures"].get(name, {}).get("levels", {})
-            grades = [int(grade) for grade in levels]
-            marker, line = styles[place % len(styles)]
-            shade = str(0.65 * place / max(1, len(reports) - 1))
-            shift = 0.05 * (place - (len(reports) - 1) / 2)  # so that bars of two sources do not hide each other
-            axis.errorbar(
-                [grade + shift for grade in grades],
-                [v["mean"] for v in levels.values()],
-                yerr=[v["deviation"] for v in levels.values()],
-                label=source,
-                marker=marker,
-                linestyle=line,
-                color=shade,
-                capsize=2,
-                elinewidth=0.7,
-                markersize=5,
-            )
-        axis.set_xlabel("grade of the passage")
-        axis.set_ylabel(LABELS.get(name, name))
-        axis.set_xticks(sorted({int(g) for c in reports.values() for g in c["measures"].get(name, {}).get("levels", {})}))
-    drawing.suptitle("What the passages of each grade are like (mean and standard deviation over lists)")
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    drawing.legend(handles, labels, loc="lower center", ncols=min(4, len(labels)), frameon=False)
-    drawing.tight_layout(rect=(0, 0.04 + 0.05 * -(-len(labels) // 4), 1, 1))
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    drawing.savefig(path, dpi=110)
-    pyplot.close(drawing)
-
-
 def attempts(path: str | Path) -> tuple[int, int, int] | None:
     """(queries with passages, at the first attempt, all queries) of a cache; None for plain lists."""
     good: dict[str, bool] = {}
@@ -299,7 +258,8 @@ def run_command(arguments: argparse.Namespace) -> None:
         with replacing(arguments.out) as sink:
             sink.write(text + "\n")
     if arguments.figure:
-        figure(reports, arguments.figure)
+        Path(arguments.figure).parent.mkdir(parents=True, exist_ok=True)
+        levels_figure(reports, LABELS).savefig(arguments.figure, dpi=110)
     if arguments.keep:
         rows = [
             {

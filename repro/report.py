@@ -9,6 +9,7 @@ import argparse
 import json
 import statistics
 import sys
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,19 @@ def differences_table(records: Sequence[Record], reference: tuple[str, str]) -> 
                 found = differences(records, (group, arm), reference, names)
                 rows.append([arm, *(shown(*found[n]) if n in found else "" for n in names)])
     return markdown([f"nDCG@10 minus that of {reference[1]}", *names], rows)
+
+
+def curves(records: Sequence[Record], group: str, setting: str, measure: str = "ndcg@10") -> dict[str, dict[str, dict[float, float]]]:
+    """{main arm: {collection: {value of a setting: mean}}} of an ablation, for `plots.lines_figure`."""
+    values: dict[tuple[str, str, float], list[float]] = defaultdict(list)
+    for record in records:
+        if record["group"] == group:
+            for name, found in record["collections"].items():
+                values[record["arm"].rpartition(", ")[0], name, record["training"][setting]].append(found["metrics"][measure])
+    table: dict[str, dict[str, dict[float, float]]] = defaultdict(lambda: defaultdict(dict))
+    for (arm, name, x), found in values.items():
+        table[arm][name][x] = statistics.fmean(found)
+    return {arm: {name: rows[name] for name in collections_of(records) if name in rows} for arm, rows in table.items()}
 
 
 def tuning_table(tuning: dict[str, Any]) -> str:

@@ -98,3 +98,15 @@ def test_figures_have_titles_labels_and_the_numbers_given() -> None:
         assert axis.get_xlabel()
         assert axis.get_ylabel() or figure in (arms, forest)  # whose y axes carry names
         matplotlib.pyplot.close(figure)
+
+
+def test_curves_average_the_seeds_of_one_setting() -> None:
+    from repro.report import curves
+
+    runs = [(0, 4, 0.2), (1, 4, 0.4), (0, 16, 0.5)]
+    records = [
+        {"group": "batch", "arm": f"1-D W, {b} lists a batch", "seed": s, "training": {"batch_size": b}, "collections": {"wikiqa": {"metrics": {"ndcg@10": v}}}}
+        for s, b, v in runs
+    ]
+    assert curves(records, "batch", "batch_size") == {"1-D W": {"wikiqa": {4: pytest.approx(0.3), 16: 0.5}}}
+    assert curves(records, "levels", "batch_size") == {}

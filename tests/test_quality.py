@@ -9,7 +9,8 @@ import torch
 
 from repro import quality
 from repro.lists import GradedList, lists_from_jsonl
-from repro.quality import figure, length, measure, overlap, report, similarity, stem, table, words
+from repro.plots import levels_figure
+from repro.quality import length, measure, overlap, report, similarity, stem, table, words
 
 
 def item(key, *passages, query="how do iron gates rust", grades=(3, 2, 1, 0)):
@@ -91,25 +92,17 @@ def test_empty_report_and_table():
     )
 
 
-def test_figure_has_labels_and_is_written(tmp_path, monkeypatch):
-    from matplotlib import pyplot
-
-    drawn = []
-    monkeypatch.setattr(pyplot, "close", drawn.append)
-    reports = {
-        name: report(measure(LISTS, {"length": length, "overlap": overlap}))
-        for name in ("one", "two", "three")
-    }
-    figure(reports, tmp_path / "deep" / "f.png")
-    assert (tmp_path / "deep" / "f.png").read_bytes().startswith(b"\x89PNG")
-    (picture,) = drawn
+def test_figure_has_labels():
+    reports = {name: report(measure(LISTS, {"length": length, "overlap": overlap})) for name in ("one", "two", "three")}
+    reports["failed"] = report([])
+    picture = levels_figure(reports, quality.LABELS)
     assert picture.get_suptitle() and len(picture.axes) == 2
     for axis, name in zip(picture.axes, ("length", "overlap"), strict=True):
         assert axis.get_ylabel() == quality.LABELS[name] and axis.get_xlabel() == "grade of the passage"
     shades = [line[0].get_color() for line in picture.axes[0].containers]
     markers = [line[0].get_marker() for line in picture.axes[0].containers]
     assert len(set(shades)) == len(set(markers)) == 3  # told apart without colour
-    assert [text.get_text() for text in picture.legends[0].get_texts()] == list(reports)
+    assert [text.get_text() for text in picture.legends[0].get_texts()] == ["one", "two", "three"]
 
 
 def lists_file(path, lists=LISTS):

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 # A module may import only what stands before it.
 ORDER = (
     "checkpoints files replies prompts decode generators likelihood cache ask generate data lists losses warmup folders layers states encoder "
-    "quality recipe runs train metrics retrieval stats evaluate arms tune experiments claims plots report"
+    "plots quality recipe runs train metrics retrieval stats evaluate arms tune experiments claims report"
 ).split()
 
 
