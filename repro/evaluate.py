@@ -19,9 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from repro import metrics
+from repro.checkpoints import cache_dir
 from repro.data import load_beir
 from repro.files import replacing
 from repro.retrieval import SELF_HITS, EvaluateError, Texts, bm25_run, check_k, device_of, retrieve, search
+
+CACHED = 100_000  # passages: at 2.3 kB each, 230 MB on disk
 
 __all__ = ["EvaluateError", "bm25_run", "evaluate_model", "main", "retrieve", "search"]
 
@@ -39,13 +42,16 @@ def evaluate_model(
     dtype: str = "auto",
     self_hits: str = "drop",
     run_file: str | Path | None = None,
+    cache: Path | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Rank and score one model on one collection, and return the record that the command line writes.
 
     `model` is `"bm25"`, a name or folder for `BiEncoder.load`, or an object with `encode`.  Only
     the judged queries are asked.  `top_k` is how many passages are kept a query; None means 1000,
-    or the whole corpus if it is smaller.  `run_file` also gets the ranking, as a TREC run.
+    or the whole corpus if it is smaller.  `run_file` also gets the ranking, as a TREC run.  `cache` is a
+    folder for the mean vectors that a named encoder's transformer makes (`states`): another model with
+    the same transformer, a trained projection say, then reads them instead of computing.
     Raises EvaluateError, or a MetricError for an unknown measure, before anything is encoded.
     """
     top_k = min(1000, len(corpus)) if top_k is None else top_k
@@ -64,6 +70,11 @@ def evaluate_model(
         from repro.encoder import BiEncoder
 
         model = BiEncoder.load(model, device=device, dtype=dtype)
+        if cache is not None:
+            from repro.states import FromStates, StateBank
+
+            model.frozen = model.model.config.num_hidden_layers  # nothing trains here
+            model = FromStates(model, StateBank(model, cache, progress=progress))
     start = time.perf_counter()
     if name == "bm25":
         run = bm25_run(corpus, asked, top_k, self_hits=self_hits)
@@ -127,6 +138,8 @@ def parser() -> argparse.ArgumentParser:
                    help=f"any of {', '.join(metrics.FUNCTIONS)}, with any cut-off")  # fmt: skip
     p.add_argument("--self-hits", choices=SELF_HITS, default="drop",
                    help="what happens to a passage that has the query's id (default: drop, as BEIR does)")  # fmt: skip
+    p.add_argument("--cache", action=argparse.BooleanOptionalAction,
+                   help=f"keep the transformer's vectors on disk for the next model (default: up to {CACHED:,} passages)")  # fmt: skip
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     p.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
     return p
@@ -146,10 +159,12 @@ def run_command(args: argparse.Namespace) -> None:
         check_k(args.top_k, len(corpus))
     for file in outputs:
         check_writable(file)
+    keep = len(corpus) <= CACHED if args.cache is None else args.cache
     scored = evaluate_model(
         args.model, corpus, queries, qrels,
         measures=args.measures, top_k=args.top_k, batch_size=args.batch_size, device=args.device,
         dtype=args.dtype, self_hits=args.self_hits, run_file=args.run, progress=True,
+        cache=cache_dir() / "pooled" if keep else None,
     )  # fmt: skip
     folder = Path(args.data)
     collection = folder.resolve().name if args.data != "sample" and folder.is_dir() else args.data

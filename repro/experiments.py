@@ -28,8 +28,8 @@ from repro.evaluate import evaluate_model
 from repro.files import replacing
 from repro.metrics import MEASURES
 from repro.runs import machine
-from repro.states import StateBank
-from repro.tune import FromStates, development_ndcg, settings_of, train_arm, tune
+from repro.states import FromStates, StateBank
+from repro.tune import development_ndcg, settings_of, train_arm, tune
 
 RESULTS = Path(__file__).parent / "results"
 REFERENCES = {"BM25": "bm25", "base": "base", "supervised": "all-minilm-l6-v2"}

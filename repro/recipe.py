@@ -16,9 +16,6 @@ from repro import losses
 from repro.encoder import AUTHORED, BiEncoder
 from repro.lists import GradedList, as_real, binary, combine, cut, lists_from_beir, load_lists
 
-# Lower layers of the built-in encoder that stay fixed: half of its 6.  Their states are computed once, and
-# a step costs half; fixing 5 makes it a sixth, for less to learn with.
-FREEZE = 3
 LOSSES = ("infonce", "kl", "wasserstein_1d", "wasserstein_gaussian")
 
 
@@ -47,8 +44,8 @@ class TrainConfig:
     order: int = 1  # of wasserstein_1d
     axis: str = "grade"  # of wasserstein_1d
     ignore_between: bool = False  # of infonce
-    freeze: int | None = None  # lower layers kept fixed: 3 of the built-in encoder's 6, else none
-    projection: bool = False  # end with a linear map, the identity at first, unless the model has one already
+    freeze: int | None = None  # lower layers kept fixed: all where there is a projection to train, else none
+    projection: bool = False  # end with a linear map, the identity at first, unless the model has one (the built-in does)
     warmup: float = 0.05  # share of the steps, as in the paper; then linear decay to 0
     weight_decay: float = 0.01  # AdamW's usual
     clip: float = 1.0  # gradient norm
@@ -88,9 +85,14 @@ def training_lists(config: TrainConfig) -> list[GradedList]:
     return lists
 
 
-def default_freeze(config: TrainConfig) -> int:
-    """How many lower layers stay fixed: as asked; else FREEZE of the built-in encoder's 6, none of another's."""
-    return config.freeze if config.freeze is not None else FREEZE if config.model == "base" else 0
+def frozen_layers(config: TrainConfig, encoder: BiEncoder) -> int:
+    """How many lower layers stay fixed: as asked; else all of them where there is a projection to train, else none.
+
+    All frozen, a step of 16 lists takes milliseconds on two cores, and seconds with one layer unfrozen.
+    """
+    if config.freeze is not None:
+        return config.freeze
+    return encoder.model.config.num_hidden_layers if encoder.projection is not None else 0
 
 
 def chosen_settings(config: TrainConfig, encoder: BiEncoder, lists: int, ranks: int = 1) -> dict[str, Any]:

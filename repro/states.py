@@ -51,6 +51,8 @@ def fingerprint(encoder: Any) -> str:
     """Hex sha256 of all that the pooled vectors depend on: transformer, pooling, token weights, length limit, vocabulary."""
     digest = hashlib.sha256()
     digest.update(repr((encoder.pooling, encoder.max_length, type(encoder.model).__name__)).encode())
+    if encoder.device.type != "cpu":  # each kind of device rounds in its own way
+        digest.update(encoder.device.type.encode())
     digest.update(repr(sorted(encoder.tokenizer.get_vocab().items())).encode())
     weights = dict(encoder.model.state_dict())
     if encoder.token_weights is not None:
@@ -138,3 +140,17 @@ class StateBank:
         if len(self.parts[kind]) > 1:
             self.parts[kind] = [joined(self.parts[kind])]
         return self.parts[kind][0][[rows[text] for text in texts]]
+
+
+class FromStates:
+    """An encoder whose texts come through a bank; `evaluate_model` and `retrieve` take it in place of the encoder."""
+
+    def __init__(self, encoder: Any, bank: StateBank) -> None:
+        self.encoder, self.bank, self.device = encoder, bank, encoder.device
+
+    def encode(self, texts: Sequence[str], kind: str = "passage", batch_size: int = 32, progress: bool = False) -> Tensor:
+        """`BiEncoder.encode`: the same vectors.  Where all layers are frozen, new texts join the bank."""
+        if not self.bank.encoder.all_frozen:
+            return self.encoder.encode_tokens(self.bank(list(texts), kind), batch_size, progress)
+        self.bank.add(texts, kind)
+        return self.encoder.encode_tokens(self.bank(list(texts), kind), 4096)  # only a matrix product is left to do

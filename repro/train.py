@@ -32,14 +32,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from repro import losses
-from repro.checkpoints import pick_device, pick_dtype
+from repro.checkpoints import cache_dir, pick_device, pick_dtype
 from repro.encoder import BiEncoder, Tokens
 from repro.lists import Batch, GradedList, collate
-from repro.recipe import FREEZE, LOSSES, TrainConfig, TrainError, chosen_settings, default_freeze, loss_function, training_lists
+from repro.recipe import LOSSES, TrainConfig, TrainError, chosen_settings, frozen_layers, loss_function, training_lists
 from repro.runs import identity, is_finished, machine, resume, save_checkpoint, trim_log, write_json
 from repro.states import StateBank
 
-__all__ = ["FREEZE", "LOSSES", "TrainConfig", "TrainError", "batch_loss", "fit", "loss_function", "main", "train", "training_lists"]
+__all__ = ["LOSSES", "TrainConfig", "TrainError", "batch_loss", "fit", "loss_function", "main", "train", "training_lists"]
 
 TokenSource = Callable[[list[str], str], Tokens]  # (texts, "query" or "passage") -> tokens
 
@@ -73,11 +73,11 @@ def batch_loss(
         return loss(scores, labels, mask=mask)
 
 
-def token_source(encoder: BiEncoder, lists: Sequence[GradedList], state_gb: float = 8.0, folder: Path | None = None) -> TokenSource:
+def token_source(encoder: BiEncoder, lists: Sequence[GradedList], state_gb: float = 8.0) -> TokenSource:
     """How the texts of the lists become tokens: tokenised on the fly, or looked up with what the frozen layers made of them."""
     if not encoder.frozen:
         return encoder.tokenise
-    bank = StateBank(encoder, folder, state_gb)
+    bank = StateBank(encoder, cache_dir() / "pooled", state_gb)
     bank.add([item.query for item in lists], "query")
     bank.add([passage for item in lists for passage in item.passages], "passage")
     return bank
@@ -94,7 +94,7 @@ def start_encoder(config: TrainConfig, device: torch.device) -> BiEncoder:
     encoder = BiEncoder.load(config.model, str(device), "float32")  # weights stay float32; dtype is autocast's
     if config.projection and encoder.projection is None:
         encoder.projection = nn.Parameter(torch.eye(encoder.model.config.hidden_size, device=device))
-    encoder.freeze(default_freeze(config))
+    encoder.freeze(frozen_layers(config, encoder))
     return encoder
 
 

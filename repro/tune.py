@@ -13,7 +13,6 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
 from tqdm import tqdm
 
 from repro.arms import BATCH, STEPS, Arm, ListSet
@@ -21,22 +20,10 @@ from repro.encoder import BiEncoder
 from repro.evaluate import evaluate_model
 from repro.lists import as_collection
 from repro.recipe import TrainConfig, chosen_settings
-from repro.states import StateBank
+from repro.states import FromStates, StateBank
 from repro.train import fit, make_optimiser
 
 TRIALS, TRIAL_SEED = 32, 0
-
-
-class FromStates:
-    """An encoder that looks its texts' frozen states up instead of computing them; `evaluate_model` takes it."""
-
-    def __init__(self, encoder: BiEncoder, bank: StateBank):
-        self.encoder, self.bank, self.device = encoder, bank, encoder.device
-
-    def encode(self, texts: list[str], kind: str = "passage", batch_size: int = 32, progress: bool = False) -> Tensor:
-        """`BiEncoder.encode` on texts that the bank knows (others are computed whole)."""
-        size = 4096 if self.encoder.all_frozen else batch_size  # only a matrix product is left to do
-        return self.encoder.encode_tokens(self.bank(texts, kind), size, progress)
 
 
 def settings_of(arm: Arm, tuned: dict[str, Any]) -> dict[str, Any]:

@@ -291,7 +291,7 @@ def loaded(monkeypatch):
 def test_command_line(folder, loaded, tmp_path, capsys):
     out, run = tmp_path / "new" / "deep" / "r.json", tmp_path / "r.trec"
     files = ["--data", str(folder), "--out", str(out), "--run", str(run)]
-    assert evaluate.main([*files, "--device", "cpu"]) == 0
+    assert evaluate.main([*files, "--device", "cpu", "--no-cache"]) == 0
     assert loaded == [("base", "cpu", "auto")]
     record = json.loads(out.read_text(encoding="utf-8"))
     assert (record["collection"], record["split"], record["model"]) == ("tiny", "test", "base")
@@ -353,3 +353,20 @@ def test_help_says_what_it_does(capsys):
     with pytest.raises(SystemExit, match="0"):
         evaluate.main(["--help"])
     assert "Ranks the collection's passages" in capsys.readouterr().out
+
+
+def test_cached_vectors_change_no_score_and_serve_the_next_model(tiny_llama, tmp_path, monkeypatch):
+    from test_encoder import weighted
+
+    from repro.encoder import BiEncoder
+
+    first = weighted(tiny_llama, projected=True)
+    first.save(tmp_path / "first")
+    first.projection.data.neg_()[0] *= 3
+    first.save(tmp_path / "second")
+    plain = [evaluate_model(str(tmp_path / name), CORPUS, QUERIES, QRELS, device="cpu") for name in ("first", "second")]
+    once = evaluate_model(str(tmp_path / "first"), CORPUS, QUERIES, QRELS, device="cpu", cache=tmp_path / "cache")
+    monkeypatch.setattr(BiEncoder, "keep_states", lambda *args, **kwargs: pytest.fail("computed again"))
+    again = evaluate_model(str(tmp_path / "second"), CORPUS, QUERIES, QRELS, device="cpu", cache=tmp_path / "cache")
+    assert once["per_query"] == plain[0]["per_query"] and again["per_query"] == plain[1]["per_query"]
+    assert once["device"] == "cpu" and list((tmp_path / "cache").iterdir())

@@ -255,3 +255,22 @@ def test_command_under_torchrun_equals_one_process(tiny_llama: Path, tmp_path: P
     one, two = ([row["loss"] for row in log(tmp_path / name)] for name in ("one", "two"))
     assert len(two) == 8 and two == pytest.approx(one, abs=1e-4)
     assert json.loads((tmp_path / "two" / "train.json").read_text())["chosen"]["ranks"] == 2
+
+
+def test_a_projection_trains_alone_unless_layers_are_asked_for(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SYCL_CACHE", str(tmp_path / "cache"))
+    before = BiEncoder.load(tiny_llama, device="cpu")
+    alone = train(config(tmp_path, tiny_llama, projection=True, out=str(tmp_path / "alone")), lists(), progress=False)
+    after = BiEncoder.load(tmp_path / "alone", device="cpu")
+    assert alone["chosen"]["freeze"] == 4 and not torch.equal(after.projection, torch.eye(16))
+    assert all(torch.equal(a, b) for a, b in zip(before.model.parameters(), after.model.parameters(), strict=True))
+    again = train(config(tmp_path, tmp_path / "alone", freeze=3, out=str(tmp_path / "upper")), lists(), progress=False)
+    upper = BiEncoder.load(tmp_path / "upper", device="cpu")
+    assert again["chosen"]["freeze"] == 3 and not torch.equal(upper.projection, after.projection)
+    changed = [name for (name, a), b in zip(upper.model.named_parameters(), after.model.parameters(), strict=True) if not torch.equal(a, b)]
+    assert changed and all(name.startswith(("layers.3", "norm")) for name in changed)
+
+
+def test_steps_replace_epochs(tiny_llama: Path, tmp_path: Path) -> None:
+    record = train(config(tmp_path, tiny_llama, steps=6, epochs=50), lists(), progress=False)
+    assert record["steps"] == 6 and [row["epoch"] for row in log(tmp_path / "out")] == [0, 0, 0, 0, 1, 1]
