@@ -16,6 +16,8 @@ from repro import losses
 from repro.encoder import AUTHORED, BiEncoder
 from repro.lists import GradedList, as_real, binary, combine, cut, lists_from_beir, load_lists
 
+# Temperature and label temperature for cosine scores: of each loss's best trial (repro/results/tuning.json).
+COSINE = {"infonce": (0.1, 1.0), "kl": (0.2, 1.0), "wasserstein_1d": (0.05, 0.2), "wasserstein_gaussian": (0.2, 1.0)}
 LOSSES = ("infonce", "kl", "wasserstein_1d", "wasserstein_gaussian")
 
 
@@ -35,13 +37,13 @@ class TrainConfig:
     recipe: str = "graded"  # or "binary": top grade against the rest
     real: str | None = None  # BEIR folder whose train judgments join the lists (positives 3, others 1)
     passages: int | None = None  # at most this many passages a list
-    epochs: int = 2
+    epochs: int | None = None  # 5 where only a projection trains, which takes seconds; else 2
     steps: int | None = None  # this many instead of whole epochs, so that arms with fewer lists train as long
     batch_size: int = 16  # lists in one loss, over all ranks; the paper has 64 on 4 GPUs
     lr: float | None = None  # 1e-5, the paper's; 3e-4 where only upper layers train
-    temperature: float | None = None  # 1, the paper's; 0.05 for cosine scores, which span 2 at most
-    label_temperature: float = 1.0
-    order: int = 1  # of wasserstein_1d
+    temperature: float | None = None  # 1, the paper's; for cosines, which span 2 at most, COSINE's
+    label_temperature: float | None = None  # likewise
+    order: int = 2  # of wasserstein_1d; order and axis are those of the best of its trials (repro/results/tuning.json)
     axis: str = "grade"  # of wasserstein_1d
     ignore_between: bool = False  # of infonce
     freeze: int | None = None  # lower layers kept fixed: all where there is a projection to train, else none
@@ -56,15 +58,13 @@ class TrainConfig:
     dtype: str = "auto"
 
 
-def loss_function(config: TrainConfig, temperature: float) -> Callable[..., Tensor]:
+def loss_function(config: TrainConfig, chosen: dict[str, Any]) -> Callable[..., Tensor]:
     """The loss named in the config with its options bound: (scores, labels, mask=) -> scalar."""
-    if config.loss not in LOSSES:
-        raise TrainError(f"loss: expected one of {', '.join(LOSSES)}, got {config.loss!r}")
-    options: dict[str, Any] = {"temperature": temperature}
+    options: dict[str, Any] = {"temperature": chosen["temperature"]}
     if config.loss == "infonce":
         options["ignore_between"] = config.ignore_between
     else:
-        options["label_temperature"] = config.label_temperature
+        options["label_temperature"] = chosen["label_temperature"]
     if config.loss == "wasserstein_1d":
         options |= {"order": config.order, "axis": config.axis}
     return partial(getattr(losses, config.loss), **options)
@@ -96,13 +96,21 @@ def frozen_layers(config: TrainConfig, encoder: BiEncoder) -> int:
 
 
 def chosen_settings(config: TrainConfig, encoder: BiEncoder, lists: int, ranks: int = 1) -> dict[str, Any]:
-    """The settings that the config leaves to the kind of encoder and the number of lists, as numbers."""
+    """The settings that the config leaves to the kind of encoder and the number of lists, as numbers.
+
+    Raises TrainError for an unknown loss.
+    """
+    if config.loss not in LOSSES:
+        raise TrainError(f"loss: expected one of {', '.join(LOSSES)}, got {config.loss!r}")
+    temperature, label_temperature = COSINE[config.loss] if encoder.normalise else (1.0, 1.0)
+    epochs = config.epochs or (5 if encoder.all_frozen else 2)
     size = min(config.batch_size, lists // ranks * ranks)
     return {
         "freeze": encoder.frozen,
-        "temperature": config.temperature or (0.05 if encoder.normalise else 1.0),
+        "temperature": config.temperature or temperature,
+        "label_temperature": config.label_temperature or label_temperature,
         "lr": config.lr or (3e-4 if encoder.frozen else 1e-5),
         "batch_size": size,
-        "steps": config.steps or config.epochs * (lists // size),
+        "steps": config.steps or epochs * (lists // size),
         "ranks": ranks,
     }

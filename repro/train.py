@@ -116,7 +116,7 @@ def fit(
     trainable = [p for group in optimiser.param_groups for p in group["params"]]
     device = trainable[0].device
     autocast = pick_dtype(config.dtype, device)
-    loss = loss_function(config, chosen["temperature"])
+    loss = loss_function(config, chosen)
     size, steps = chosen["batch_size"], chosen["steps"]
     per_epoch = len(lists) // size
     order: list[int] = []
@@ -177,7 +177,6 @@ def train(
     chosen = record["chosen"] = chosen_settings(config, encoder, len(lists), ranks)
     if chosen["batch_size"] < config.batch_size:
         print(f"only {len(lists)} lists: a batch is {chosen['batch_size']} of them, not {config.batch_size}", file=sys.stderr)
-    loss_function(config, chosen["temperature"])  # refuses an unknown loss before anything is computed or written
     tokens = tokens or token_source(encoder, lists, config.state_gb)
     encoder.train()
     model = nn.parallel.DistributedDataParallel(encoder) if ranks > 1 else encoder
@@ -195,7 +194,7 @@ def train(
     with bar, open(work / "log.jsonl" if rank == 0 else os.devnull, "a", encoding="utf-8") as log:
         for row in fit(model, lists, tokens, config, chosen, optimiser, start):
             log.write(json.dumps(row) + "\n")
-            bar.set_postfix_str(f"loss {row['loss']:.4f}")
+            bar.set_postfix_str(f"loss {row['loss']:.4f}", refresh=False)
             bar.update()
             done = row["step"] + 1
             if rank == 0 and done % config.checkpoint_every == 0 and done < steps:
@@ -217,7 +216,8 @@ def main(argv: list[str] | None = None) -> int:
     """Command line: one option a field of TrainConfig."""
     parser = argparse.ArgumentParser(prog="python -m repro.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     defaults = TrainConfig()
-    kinds: dict[str, type] = {"passages": int, "lr": float, "temperature": float, "freeze": int, "chunk": int, "steps": int}
+    kinds: dict[str, type] = dict.fromkeys(("passages", "freeze", "chunk", "steps", "epochs"), int)
+    kinds |= dict.fromkeys(("lr", "temperature", "label_temperature"), float)
     for field in fields(TrainConfig):
         flag, default = f"--{field.name.replace('_', '-')}", getattr(defaults, field.name)
         if field.name == "lists":

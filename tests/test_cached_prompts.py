@@ -1,6 +1,8 @@
 """The committed caches: complete, parsed by today's code, with provenance that can be checked."""
 
 import hashlib
+import json
+import re
 from pathlib import Path
 
 from repro import cache, prompts
@@ -59,3 +61,26 @@ def test_committed_generated_cache():
     for row in good:
         assert list(row["passages"]) == ["3", "2", "1", "0"] and all(map(str.strip, row["passages"].values()))
     assert len(load_lists([CACHED / "smollm2-135m.jsonl"])) == len(good)
+
+
+def test_the_note_states_what_the_files_hold():
+    note = " ".join((CACHED / "README.md").read_text(encoding="utf-8").split())
+    records = read_records(CACHED / "smollm2-135m.jsonl")
+    best = latest(records)
+    good = sum(row["passages"] is not None for row in best.values())
+    assert f"{good} of {len(best)} queries ({len(records)} records" in note
+    plans = json.loads((CACHED / "plans.json").read_text())["reports"]
+    first = {name: int(plans[name]["note"].split()[0]) for name in ("by-level", "by-level-example", "from-answer", "all-levels")}
+    assert f"({first['by-level']} of 48; with an example {first['by-level-example']}, `from-answer` {first['from-answer']})" in note
+    assert first["all-levels"] == 0 and f"on the {plans['by-level']['lists']} queries" in note
+
+    def gap(plan, name):
+        levels = plans[plan]["measures"][name]["levels"]
+        return levels["3"]["mean"] - levels["2"]["mean"]
+
+    for name in ("likelihood", "similarity"):
+        assert gap("by-level", name) > max(gap(plan, name) for plan in ("by-level-example", "from-answer"))
+    assert f"by {gap('by-level-example', 'overlap') - gap('by-level', 'overlap'):.3f}".replace("0.", ".") in note
+    quality = json.loads((CACHED / "quality.json").read_text())["reports"]
+    pairs = [round(100 * quality[name]["measures"]["likelihood"]["pairs"]) for name in ("smollm2-135m", "authored v2", "authored v1")]
+    assert pairs == [int(x) for x in re.search(r"lists have (\d+) % .* v2 (\d+) % and v1, with its decoys, (\d+) %", note).groups()]

@@ -62,7 +62,7 @@ def test_every_loss_goes_down_and_the_model_is_saved(loss: str, tiny_llama: Path
 
 
 def test_training_ranks_the_grades(tiny_bert: Path, tmp_path: Path) -> None:
-    train(config(tmp_path, tiny_bert, temperature=0.5, label_temperature=0.5, epochs=12), lists(), progress=False)
+    train(config(tmp_path, tiny_bert, order=1, temperature=0.5, label_temperature=0.5, epochs=12), lists(), progress=False)
     encoder, right = BiEncoder.load(tmp_path / "out"), {"before": 0, "after": 0}
     for name, model in (("before", BiEncoder.load(tiny_bert)), ("after", encoder)):
         for item in lists():
@@ -222,7 +222,7 @@ def gradients(model: Path, loss: str) -> dict[str, torch.Tensor]:
     encoder = BiEncoder.load(model, device="cpu").eval()  # no dropout: two ranks draw other masks than one
     wrapped = torch.nn.parallel.DistributedDataParallel(encoder) if torch.distributed.is_initialized() else encoder
     uneven = [replace(item, passages=item.passages[: 3 + n % 2], grades=item.grades[: 3 + n % 2]) for n, item in enumerate(lists(8))]
-    value = batch_loss(wrapped, collate(uneven), encoder.tokenise, loss_function(TrainConfig(loss=loss), 0.7))
+    value = batch_loss(wrapped, collate(uneven), encoder.tokenise, loss_function(TrainConfig(loss=loss), {"temperature": 0.7, "label_temperature": 1.0}))
     value.backward()
     return {"loss": value.detach(), **{name: p.grad for name, p in encoder.named_parameters() if p.grad is not None}}
 
@@ -274,3 +274,16 @@ def test_a_projection_trains_alone_unless_layers_are_asked_for(tiny_llama: Path,
 def test_steps_replace_epochs(tiny_llama: Path, tmp_path: Path) -> None:
     record = train(config(tmp_path, tiny_llama, steps=6, epochs=50), lists(), progress=False)
     assert record["steps"] == 6 and [row["epoch"] for row in log(tmp_path / "out")] == [0, 0, 0, 0, 1, 1]
+
+
+def test_temperatures_are_chosen_by_the_kind_of_scores(tiny_llama: Path) -> None:
+    from repro.recipe import COSINE, chosen_settings
+
+    raw, cosine = BiEncoder.load(tiny_llama, device="cpu"), BiEncoder.load(tiny_llama, device="cpu", normalise=True)
+    for loss in LOSSES:
+        told = [chosen_settings(TrainConfig(loss=loss), encoder, 32) for encoder in (raw, cosine)]
+        assert [(row["temperature"], row["label_temperature"]) for row in told] == [(1.0, 1.0), COSINE[loss]]
+    asked = chosen_settings(TrainConfig(loss="kl", temperature=0.7, label_temperature=0.3, epochs=4), cosine, 32)
+    assert (asked["temperature"], asked["label_temperature"], asked["steps"]) == (0.7, 0.3, 8)
+    with pytest.raises(TrainError, match="loss: expected one of infonce, kl"):
+        chosen_settings(TrainConfig(loss="hinge"), cosine, 32)
