@@ -70,7 +70,7 @@ ABLATIONS: dict[str, tuple[Arm, ...]] = {
     ),
     "start": tuple(variant(a, "from a random encoder", "synthetic", model="random", lr=1e-3) for a in ("InfoNCE", "KL", "Gaussian W2", "1-D W")),
     # Two passes over the lists: a step that trains layers takes a hundred times as long as one of the projection.
-    "depth": tuple(variant(a, "upper 2 layers too", freeze=4, lr=3e-4, steps=140) for a in CORE)
+    "depth": tuple(variant(a, "upper layer too", freeze=5, lr=3e-4, steps=140) for a in CORE)
     + tuple(variant(a, "projection only", steps=140) for a in CORE),
 }
 
