@@ -16,9 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, LlamaConfig, LlamaModel
-
 import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaModel
 
 from repro.arms import ABLATIONS, MAIN, Arm, ListSet, list_sets
 from repro.checkpoints import cache_dir, load_pretrained, pick_device
@@ -26,6 +25,7 @@ from repro.data import load_beir
 from repro.encoder import AUTHORED, BASE_CHECKPOINT, BiEncoder
 from repro.evaluate import evaluate_model
 from repro.files import replacing
+from repro.lists import load_lists
 from repro.metrics import MEASURES
 from repro.runs import machine
 from repro.states import FromStates, StateBank
@@ -95,8 +95,22 @@ class Bench:
         if freeze not in self.starts:
             encoder = BiEncoder.load(self.args.model, self.args.device, "float32")
             encoder.freeze(encoder.model.config.num_hidden_layers if freeze is None else freeze)
-            self.starts[freeze] = encoder, StateBank(encoder, cache_dir() / "pooled", self.args.state_gb)
+            bank = StateBank(encoder, cache_dir() / "pooled", self.args.state_gb)
+            if encoder.all_frozen:
+                self.add_sources(bank)
+            self.starts[freeze] = encoder, bank
         return self.starts[freeze]
+
+    def add_sources(self, bank: StateBank) -> None:
+        """Add all training texts, source by source in file order: list sets mix them anew, and the kept blocks should not."""
+        for path in filter(None, (self.args.authored, self.args.generated, self.args.real_graded)):
+            lists = load_lists([path])
+            bank.add([item.query for item in lists], "query")
+            bank.add([passage for item in lists for passage in item.passages], "passage")
+        if self.args.real:
+            corpus, queries, _ = load_beir(self.args.real, "train")
+            bank.add(list(queries.values()), "query")
+            bank.add(list(corpus.values()), "passage")
 
     def score(self, path: Path, record: dict[str, Any], model: Any, bank: StateBank | None) -> None:
         """Add the collections that the record lacks, writing it after each."""
