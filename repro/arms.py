@@ -74,6 +74,9 @@ ABLATIONS: dict[str, tuple[Arm, ...]] = {
     + tuple(variant(a, "projection only", steps=140) for a in CORE),
 }
 
+SEEDS = {"main": 5, "start": 2, "depth": 1}  # runs an arm, where not 3: what trains layers costs minutes, not seconds
+LARGEST = {"start": 1_000, "depth": 2_000}  # likewise: only collections of up to so many passages
+
 
 @dataclass(frozen=True)
 class ListSet:

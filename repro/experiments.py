@@ -1,6 +1,6 @@
 """Run every arm with every seed, score each on every collection, and keep one small record a run.
 
-    python -m repro.experiments --group main --data sample ../data/scifact --real ../data/wikiqa
+    python -m repro.experiments --data sample ../data/scifact --real ../data/wikiqa --real-graded graded.jsonl
 
 All arms start from the same encoder with the same frozen layers, whose output is computed once and kept
 (`repro.states`).  Each group of arms has a folder of records; what is finished is never repeated, so
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaModel
 
-from repro.arms import ABLATIONS, MAIN, Arm, ListSet, list_sets
+from repro.arms import ABLATIONS, LARGEST, MAIN, SEEDS, Arm, ListSet, list_sets
 from repro.checkpoints import cache_dir, load_pretrained, pick_device
 from repro.data import load_beir
 from repro.encoder import AUTHORED, BASE_CHECKPOINT, BiEncoder
@@ -112,10 +112,14 @@ class Bench:
             bank.add(list(queries.values()), "query")
             bank.add(list(corpus.values()), "passage")
 
+    def names(self, group: str) -> list[str]:
+        """The collections that a group is scored on: those asked for, up to the group's largest size."""
+        return [name for name in self.data if group not in LARGEST or len(self.collection(name)[0]) <= LARGEST[group]]
+
     def score(self, path: Path, record: dict[str, Any], model: Any, bank: StateBank | None) -> None:
         """Add the collections that the record lacks, writing it after each."""
         record.setdefault("collections", {})
-        for name in self.data:
+        for name in self.names(record["group"]):
             if name in record["collections"]:
                 continue
             corpus, queries, qrels = self.collection(name)
@@ -130,9 +134,9 @@ class Bench:
             write_record(path, record)
             print(f"{path.parent.name}/{path.stem}: {name} nDCG@10 {found['metrics']['ndcg@10']:.4f}", flush=True)
 
-    def is_complete(self, record: dict[str, Any]) -> bool:
-        """Whether a record holds every collection that was asked for."""
-        return set(self.data) <= set(record.get("collections", {}))
+    def is_complete(self, group: str, record: dict[str, Any]) -> bool:
+        """Whether a record holds every collection that its group is scored on."""
+        return set(self.names(group)) <= set(record.get("collections", {}))
 
     def tuned(self, arm: Arm) -> dict[str, Any]:
         """The arm's settings from tuning.json; found and written there if they are not."""
@@ -152,7 +156,7 @@ class Bench:
         """Train and score one arm with one seed, unless its record is complete."""
         path = self.results / group.replace(" ", "-") / f"{arm.name.replace(', ', '--').replace(' ', '-')}-seed{seed}.json"
         record = read_json(path)
-        if self.is_complete(record):
+        if self.is_complete(group, record):
             return
         settings = settings_of(arm, self.tuned(arm))
         start, bank = self.start(settings, seed)
@@ -169,7 +173,7 @@ class Bench:
         """Score BM25, the start or the supervised encoder."""
         path = self.results / "references" / f"{name}.json"
         record = read_json(path)
-        if self.is_complete(record):
+        if self.is_complete("references", record):
             return
         model, bank = (*self.start({}, 0),) if name == "base" else (REFERENCES[name], None)
         if not record:
@@ -191,11 +195,11 @@ def main(argv: list[str] | None = None) -> int:
     """Command line: run what has no complete record."""
     parser = argparse.ArgumentParser(prog="python -m repro.experiments", description=__doc__.split("\n\n")[0])
     add = parser.add_argument
-    add("--group", nargs="+", choices=GROUPS, default=["references", "main"], metavar="GROUP", help=", ".join(GROUPS))
+    add("--group", nargs="+", choices=GROUPS, default=list(GROUPS), metavar="GROUP", help=f"{', '.join(GROUPS)} (default: all)")
     add("--arms", nargs="+", metavar="NAME", help="only these arms of the groups")
     add("--data", nargs="+", default=["sample"], metavar="FOLDER_OR_ID", help="test collections")
     add("--split", default="test", help="their judgments (default: test)")
-    add("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    add("--seeds", nargs="+", type=int, metavar="SEED", help="default: as many as the group has in `repro.arms`, from 0")
     add("--authored", default=str(AUTHORED), metavar="FILE", help="graded lists to train on (default: the kit's)")
     add("--generated", default=str(AUTHORED.with_name("smollm2-135m.jsonl")), metavar="FILE", help="the local model's lists")
     add("--real", metavar="FOLDER_OR_ID", help="a collection with train judgments")
@@ -215,7 +219,7 @@ def main(argv: list[str] | None = None) -> int:
                     bench.reference(name)
                 continue
             for arm in arms_of(group, args.arms, bench.sets):
-                for seed in args.seeds:
+                for seed in args.seeds or range(SEEDS.get(group, 3)):
                     bench.run(group, arm, seed)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
