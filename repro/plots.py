@@ -85,7 +85,7 @@ def effects_figure(effects: Mapping[str, Mapping[str, tuple[float, float, float]
     axis.axvline(0, color="black", linewidth=0.8)
     axis.set_yticks(range(len(effects)), list(effects)[::-1], fontsize=8)
     axis.set_ylim(-0.5, len(effects) - 0.5)
-    axis.set_xlabel(f"difference in {measure} (range -1 to 1), 95 % bootstrap interval over queries")
+    axis.set_xlabel(f"difference in {measure} (-1 to 1); bars: 95 % interval")
     axis.set_title("What each comparison found, by collection")
     axis.legend(frameon=False, fontsize=8, loc="best")
     return figure

