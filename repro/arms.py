@@ -132,16 +132,13 @@ def list_sets(authored: str, generated: str | None = None, real: str | None = No
     if real and real_graded:
         held = {item.query.lower() for item in whole.held_out}
         graded = load_lists([real_graded])
-        more = ListSet(
-            base.train + [item for item in graded if item.query.lower() not in held],
-            base.held_out + [item for item in graded if item.query.lower() in held],
-        )
+        kept, left_out = ([item for item in graded if (item.query.lower() in held) == out] for out in (False, True))
+        more = ListSet(base.train + kept, base.held_out + left_out)
         asked = {item.query.lower() for item in graded}
         pages = [cut(item, 3, rng) for item in whole.train if item.query.lower() in asked]
         sets["synthetic+"] = more
-        asked_and_kept = [item for item in graded if item.query.lower() not in held]
         by_query = {item.query.lower(): item for item in sets["real"].train}
-        both = [item for item in asked_and_kept if item.query.lower() in by_query]
+        both = [item for item in kept if item.query.lower() in by_query]
         sets["synthetic, same"] = ListSet(both, more.held_out)
         sets["real, same"] = ListSet([by_query[item.query.lower()] for item in both], whole.held_out)
         sets["synthetic+real"] = ListSet(combine(more.train, pages), more.held_out)

@@ -1,6 +1,7 @@
 """The paper's five claims as comparisons between arms, and the rule that judges them.
 
-The rule, fixed before any result was seen.  Each comparison gives one paired difference in nDCG@10 a
+The rule was fixed before any test result was looked at; two comparisons came later (C3 on the same
+questions, C4 with all real lists).  Each comparison gives one paired difference in nDCG@10 a
 collection (seeds averaged query by query), tested by permutation and Holm-corrected over the claim's
 collections.  A comparison `holds` if at least half of the collections are significantly better and none
 is significantly worse; `does not hold` if none is significantly better and one is significantly worse,

@@ -211,8 +211,8 @@ class BiEncoder(nn.Module):
     def save(self, folder: str | Path) -> Path:
         """Write the model as a sentence-transformers folder (safetensors); the folder must not exist or be empty.
 
-        Modules: Transformer, WordWeights (the token weights), Pooling, Dense (weight W, bias -W c),
-        Normalize; those that the model does not use are left out.
+        Modules: Transformer, WordWeights (the token weights), Pooling, Dense (identity with bias -c),
+        Dense (W, no bias), Normalize; those that the model does not use are left out.
         """
         return save_folder(
             Path(folder),
@@ -250,7 +250,7 @@ class BiEncoder(nn.Module):
 
 
 # The built-in encoder, "base".  Nothing in it was trained on a relevance label, and no real document was used.
-# What it is made of was compared on the authored lists themselves, never on a test collection: see README.
+# What it is made of was chosen on the authored lists and WikiQA's training questions: see README.
 BASE_CHECKPOINT, BASE_LAYERS, BASE_SEED = "smollm2-135m", 6, 0
 BASE_PROMPT = "#\n"  # a causal model's first token is a sink for attention, and no word of the text should be it
 

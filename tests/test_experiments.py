@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_train import lists, write_lists
 
-from repro import arms, experiments, report, tune
+from repro import experiments, report, tune
 from repro.arms import ABLATIONS, MAIN, list_sets
 from repro.data import load_beir
 from repro.encoder import BiEncoder
@@ -254,4 +254,3 @@ def test_random_start_is_small_seeded_and_all_of_it_trains(tiny_llama: Path, mon
     vectors = [encoder.encode(["moon tide", "iron rust"]) for encoder in (one, same, other)]
     assert torch.equal(vectors[0], vectors[1]) and not torch.equal(vectors[0], vectors[2])
     assert all(p.requires_grad for p in one.parameters()) and one.frozen == 0
-    assert arms.STEPS * arms.BATCH == 5600
