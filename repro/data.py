@@ -1,161 +1,285 @@
-"""Read test and training collections: one contract everywhere, the BEIR layout.
+"""Collections and graded lists in, batches out.
 
-A collection is a folder with `corpus.jsonl` (`_id`, `title`, `text`), `queries.jsonl` (`_id`,
-`text`) and `qrels/SPLIT.tsv` (`query-id`, `corpus-id`, `score`), plain or gzipped, or a hub data
-set with the same columns.
-
-Readers never skip a bad row in silence: an error names file, line and field; what is harmless is
-counted and warned about once.
+A collection is a BEIR folder or a hub id; a graded list is a query with passages and their grades; a recipe
+shapes lists into what a method is told. The first row that breaks the contract is a ValueError naming file,
+line and field, before anything long is read; what is left out is counted on stderr.
 """
 
-import os
+import random
 import re
-import warnings
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from repro.files import DataError, as_grade, read_jsonl, read_lines, text_field
+import torch
+from huggingface_hub import hf_hub_download
 
-__all__ = ["DataError", "load_beir", "read_corpus", "read_qrels", "read_queries"]
+from repro.files import as_grade, one_line, read_jsonl, read_lines, text_field
 
-SAMPLE = Path(__file__).parent / "sample"  # the kit's own small graded collection, by the name "sample"
+COLUMNS = ("query-id", "corpus-id", "score")
+RECIPES = {
+    "graded": "every passage with its own grade",
+    "binary": "the released synthetic binary: one positive drawn from grades 3 and 2, negatives 1 and 0",
+    "ends": "two grades: only the best and the worst passage, what a prompt for one of each would give",
+    "merged": "two grades by merging: 3 stays 3; 2, 1 and 0 become 0",
+}
+Place = str | Path
+Texts = dict[str, str]  # {id: text}
+Qrels = dict[str, dict[str, int]]  # {query id: {passage id: grade}}
 
-Corpus = dict[str, str]
-Queries = dict[str, str]
-Qrels = dict[str, dict[str, int]]
-Rows = Iterable[tuple[str, dict[str, Any]]]  # (where it stands, the row)
+
+@dataclass(frozen=True)
+class GradedList:
+    """One query, its passages, and one grade a passage (0 = irrelevant; higher is more relevant)."""
+
+    id: str
+    query: str
+    passages: list[str]
+    grades: list[int]
 
 
-def read_corpus(rows: Rows) -> Corpus:
-    """{passage id: title and text, joined by a space}.  A passage without any text is kept, counted and warned about."""
-    corpus, empty = {}, 0
+Lists = list[GradedList]
+Collection = tuple[Texts, Texts, Qrels]  # corpus, queries, qrels
+
+
+def _tsv(path: Path) -> Iterator[tuple[str, dict]]:
+    for position, (where, line) in enumerate(read_lines(path)):
+        fields = tuple(line.split("\t"))
+        if position or fields != COLUMNS:  # a header is that one, or there is none
+            if len(fields) != 3 or not (position or fields[2].strip().isdecimal()):
+                raise ValueError(f"{where}: expected 3 fields {COLUMNS} and tabs, found {fields!r:.80}")
+            yield where, dict(zip(COLUMNS, fields, strict=True))
+
+
+def _rows(place: str, part: str, split: str = "") -> Iterator[tuple[str, dict]]:
+    """(where, row) of one part of a collection: corpus.jsonl (`_id`, `title`, `text`), queries.jsonl (`_id`,
+    `text`) or qrels/SPLIT.tsv (COLUMNS). On the hub there are three layouts: a config a part (`mteb/...`),
+    judgments apart (`BeIR/...-qrels`), and the bare files, which a folder may hold (`BatsResearch/sycl/...`).
+    """
+    file = f"qrels/{split}.tsv" if part == "qrels" and split else f"{part}.jsonl"
+    folder = Path(__file__).parent / "sample" if place == "sample" else Path(place).expanduser()
+    source = next((path for path in (folder / file, folder / f"{file}.gz") if path.is_file()), None)
+    if source is None:
+        hub = re.fullmatch(r"([\w-]+/[\w.-]+)((?:/[\w.-]+)*)", place)
+        if folder.is_dir() or not hub:
+            raise ValueError(f"{place}: expected a folder with {file} (or .gz), a hub id, or 'sample'")
+        try:
+            import datasets  # slow to import, seldom needed
+
+            configs = [] if hub[2] else datasets.get_dataset_config_names(hub[1])
+            if "corpus" not in configs:
+                source = Path(hf_hub_download(hub[1], f"{hub[2]}/{file}".strip("/"), repo_type="dataset"))
+            elif part == "qrels":
+                config = next((name for name in ("default", "qrels") if name in configs), None)
+                source = datasets.load_dataset(hub[1] if config else f"{hub[1]}-qrels", config, split=split)
+            else:
+                (source,) = datasets.load_dataset(hub[1], part).values()  # its only split, whatever its name
+        except Exception as error:  # of the network, two libraries, the disk
+            raise ValueError(f"{place} ({file}): neither here nor from the hub: {one_line(error)}") from error
+    if isinstance(source, Path):
+        return read_jsonl(source) if file.endswith(".jsonl") else _tsv(source)
+    return ((f"{place} ({part}), row {n}", row) for n, row in enumerate(source, start=1))
+
+
+def _texts(place: str, part: str, split: str = "") -> Texts:
+    texts: Texts = {}
+    for where, row in _rows(place, part, split):
+        key, may_be_empty = text_field(row, "_id", where), part == "corpus"
+        if key in texts:
+            raise ValueError(f"{where}: field '_id': {key!r} stands there already")
+        fields = ("title", "text") if part == "corpus" and row.get("title") is not None else ("text",)
+        texts[key] = " ".join(text_field(row, f, where, empty=may_be_empty).strip() for f in fields).strip()
+    return texts
+
+
+def load_beir(path_or_hub_id: Place, split: str = "test", queries_from: Place | None = None) -> Collection:
+    """(corpus {id: title and text}, queries {id: text}, qrels {query id: {passage id: grade}}) of a folder,
+    "sample" or a hub id, which a folder may follow (`BatsResearch/sycl/llama33_70b`); `queries_from`: another
+    of them, for the queries. Only judged queries are returned, as by BEIR. Raises ValueError for a bad row.
+    """
+    place, qrels = str(path_or_hub_id), {}
+    queries = _texts(str(queries_from or place), "queries", split)
+    rows = list(_rows(place, "qrels", split))
     for where, row in rows:
-        key = text_field(row, "_id", where)
-        if key in corpus:
-            raise DataError(f"{where}: field '_id': {key!r} stands for an earlier passage already")
-        title = text_field(row, "title", where, empty=True) if row.get("title") is not None else ""
-        corpus[key] = f"{title.strip()} {text_field(row, 'text', where, empty=True).strip()}".strip()
-        empty += not corpus[key]
-    if empty:
-        warnings.warn(f"corpus: {empty} of {len(corpus)} passages have neither title nor text", stacklevel=2)
-    return corpus
-
-
-def read_queries(rows: Rows) -> Queries:
-    """{query id: text}.  Raises DataError for an empty query or an id that is used twice."""
-    queries: Queries = {}
-    for where, row in rows:
-        key = text_field(row, "_id", where)
-        if key in queries:
-            raise DataError(f"{where}: field '_id': {key!r} stands for an earlier query already")
-        queries[key] = text_field(row, "text", where).strip()
-    return queries
-
-
-def read_qrels(rows: Rows, corpus: Corpus, queries: Queries) -> Qrels:
-    """{query id: {passage id: grade}}.  Raises DataError for an unknown id or two grades for one pair."""
-    qrels: Qrels = {}
-    repeated = 0
-    for where, row in rows:
-        query, passage, grade = str(row["query-id"]), str(row["corpus-id"]), as_grade(row["score"], where)
+        query, passage = str(row.get("query-id")), str(row.get("corpus-id"))
         if query not in queries:
-            raise DataError(f"{where}: field 'query-id': {query!r} is not among the {len(queries)} queries")
-        if passage not in corpus:
-            raise DataError(f"{where}: field 'corpus-id': {passage!r} is not among the {len(corpus)} passages")
-        judged = qrels.setdefault(query, {})
-        if judged.get(passage, grade) != grade:
-            raise DataError(f"{where}: field 'score': {query!r} and {passage!r} have grade {judged[passage]} already")
-        repeated += passage in judged
-        judged[passage] = grade
-    if repeated:
-        warnings.warn(f"qrels: {repeated} judgments stand there twice with the same grade", stacklevel=2)
-    return qrels
-
-
-def _find(folder: Path, name: str) -> Path:
-    """`folder/name` or its .gz; DataError naming what the folder holds instead."""
-    for path in (folder / name, folder / f"{name}.gz"):
-        if path.is_file():
-            return path
-    parent = (folder / name).parent
-    there = sorted(p.name for p in parent.iterdir()) if parent.is_dir() else []
-    raise DataError(f"{parent}: expected {Path(name).name} (or .gz) there, found {', '.join(there) or 'nothing'}")
-
-
-def _folder_jsonl(folder: Path, name: str) -> Rows:
-    path = _find(folder, name)
-    return ((f"{path}:{number}", row) for number, row in read_jsonl(path))
-
-
-def _folder_tsv(folder: Path, name: str) -> Rows:
-    path, columns = _find(folder, name), ("query-id", "corpus-id", "score")
-    for position, (number, line) in enumerate(read_lines(path)):
-        fields = line.split("\t")
-        if len(fields) != 3:
-            raise DataError(f"{path}:{number}: expected 3 tab-separated fields {columns}, found {len(fields)}")
-        if position or not fields[2].strip().isalpha():  # the header's third field is the word "score"
-            yield f"{path}:{number}", dict(zip(columns, fields, strict=True))
-
-
-def _hub_rows(hub_id: str, part: str, split: str) -> Rows:
-    """Rows of one part (corpus, queries, qrels) of a hub data set, through `datasets`.
-
-    Knows the three layouts in use: a config for each part (`mteb/...`), judgments in a data set of
-    their own (`BeIR/...` and `BeIR/...-qrels`), and the bare BEIR files (`BatsResearch/sycl`).
-    """
-    from datasets import get_dataset_config_names, load_dataset  # slow to import, seldom needed
-    from datasets.exceptions import DatasetNotFoundError
-
-    where = f"{hub_id} ({part}, {split})"
-    try:
-        configs = get_dataset_config_names(hub_id)
-        if "corpus" not in configs:
-            file = {"qrels": f"qrels/{split}.tsv"}.get(part, f"{part}.jsonl")
-            options = {"sep": "\t"} if part == "qrels" else {}
-            kind = "csv" if part == "qrels" else "json"
-            base = hub_id if os.path.isdir(hub_id) else f"hf://datasets/{hub_id}"
-            rows = load_dataset(kind, data_files=f"{base}/{file}", split="train", **options)
-        elif part == "qrels":
-            config = next((name for name in ("default", "qrels") if name in configs), None)
-            rows = load_dataset(hub_id, config, split=split) if config else load_dataset(f"{hub_id}-qrels", split=split)
-        else:
-            rows = next(iter(load_dataset(hub_id, part).values()))  # its only split, whatever it is called
-    except (DatasetNotFoundError, OSError, ValueError) as error:
-        raise DataError(f"{where}: the hub did not deliver it: {' '.join(str(error).split())[:300]}") from error
-    return ((f"{where}, row {number}", row) for number, row in enumerate(rows, start=1))
-
-
-def load_beir(
-    path_or_hub_id: str | Path, split: str = "test", queries_from: str | Path | None = None
-) -> tuple[Corpus, Queries, Qrels]:
-    """Load a collection: (corpus {id: title and text}, queries {id: text}, qrels {query id: {passage id: grade}}).
-
-    Takes a BEIR folder, a hub id (`mteb/scifact`), or "sample".  Only the queries that have a
-    judgment in `split` are returned, as BEIR's own loader does.  `queries_from` names another
-    folder or hub id for the queries (`BatsResearch/sycl` ships none: they are `mteb/msmarco`'s).
-    Raises DataError for the first row that breaks the contract, and for an empty corpus.
-    """
-    name = os.fspath(path_or_hub_id)
-    folder = SAMPLE if name == "sample" else Path(name).expanduser()
-    if folder.is_dir():
-        texts, judgments = _folder_jsonl, _folder_tsv(folder, f"qrels/{split}.tsv")
-        corpus = read_corpus(texts(folder, "corpus.jsonl"))
-        own_queries = None if queries_from else texts(folder, "queries.jsonl")
-    elif re.fullmatch(r"[\w-]+/[\w.-]+", name):
-        judgments = _hub_rows(name, "qrels", split)
-        corpus = read_corpus(_hub_rows(name, "corpus", split))
-        own_queries = None if queries_from else _hub_rows(name, "queries", split)
-    else:
-        raise DataError(f"{name}: expected a folder in BEIR layout, a hub id such as owner/name, or 'sample'")
-    if not corpus:
-        raise DataError(f"{name}: expected passages in the corpus, found none")
-    if own_queries is None:
-        other = Path(os.fspath(queries_from)).expanduser()
-        is_folder = other.is_dir()
-        own_queries = _folder_jsonl(other, "queries.jsonl") if is_folder else _hub_rows(str(queries_from), "queries", split)
-    queries = read_queries(own_queries)
-    qrels = read_qrels(judgments, corpus, queries)
+            raise ValueError(f"{where}: field 'query-id': {query!r} is not among the queries")
+        grade = as_grade(row.get("score"), where)
+        if (earlier := qrels.setdefault(query, {}).setdefault(passage, grade)) != grade:
+            raise ValueError(f"{where}: field 'score': {query!r}, {passage!r} have grade {earlier} already")
     if not qrels:
-        raise DataError(f"{name}: expected judgments in split {split!r}, found none")
+        raise ValueError(f"{place}: expected judgments in split {split!r}, found none")
+    corpus = _texts(place, "corpus", split)
+    for where, row in rows:
+        if (passage := str(row.get("corpus-id"))) not in corpus:
+            raise ValueError(f"{where}: field 'corpus-id': {passage!r} is not in the corpus")
     return corpus, {query: queries[query] for query in qrels}, qrels
+
+
+def _from_file(path: Path, texts: Texts) -> Lists:
+    lists: dict[str, GradedList] = {}
+    seen: dict[str, tuple[str, str]] = {}
+    for where, row in read_jsonl(path):
+        key = text_field(row, "id", where) if "id" in row else f"{path.stem}-{where.rpartition(':')[2]}"
+        if "id" in row and "query" not in row:
+            if key not in texts:
+                raise ValueError(f"{where}: no 'query': bring the collection with query {key!r} (--queries)")
+            row["query"] = texts[key]
+        query, passages = text_field(row, "query", where).strip(), row.get("passages", "")
+        if seen.setdefault(key, (query, where))[0] != query:
+            raise ValueError(f"{where}: field 'id': {key!r} has another query at {seen[key][1]}")
+        if passages is None:
+            continue
+        here, grades = f"{where}: field 'passages'", passages if isinstance(passages, dict) else {}
+        graded = {as_grade(name, here): text_field(grades, name, here).strip() for name in grades}
+        if len(graded) < max(2, len(grades)):
+            raise ValueError(f"{here}: expected 2 or more grades, each once, found {passages!r:.60}")
+        order = sorted(graded, reverse=True)
+        lists[key] = GradedList(key, query, [graded[grade] for grade in order], order)
+    if failed := len(seen) - len(lists):
+        print(f"{path}: {failed} of {len(seen)} queries have no passages, left out", file=sys.stderr)
+    return list(lists.values())
+
+
+def _from_beir(place: str, queries_from: Place | None, split: str) -> Lists:
+    has_own = any(Path(place).expanduser().glob("queries.jsonl*"))
+    corpus, queries, qrels = load_beir(place, split, None if has_own else queries_from)
+    lists = []
+    for query, judged in qrels.items():
+        order = sorted(judged, key=judged.__getitem__, reverse=True)  # file order within a grade
+        passages, grades = [corpus[p] for p in order], [judged[p] for p in order]
+        lists += [GradedList(query, queries[query], passages, grades)] if grades[0] else []
+    if left := len(qrels) - len(lists):
+        print(f"{place}: {left} of {len(qrels)} queries have no relevant passage, left out", file=sys.stderr)
+    return lists
+
+
+def load_lists(paths: Iterable[Place], queries_from: Place | None = None, split: str = "train") -> Lists:
+    """Lists of files and collections, best passage first; an id used before gets its path's name before it.
+
+    A file (.jsonl, .jsonl.gz) has lines {"query", "passages": {"3": ..., "0": ...}}; a generation cache has
+    `id` too: null passages are counted on stderr, a later good record replaces an earlier. A collection gives
+    each query of `split` with what is judged for it. `queries_from`: a collection with the texts for records
+    without `query` and for collections without queries.jsonl (`mteb/msmarco` for the released ones).
+    Raises ValueError for the first bad row, and for a path without lists.
+    """
+    names = [str(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
+    files = {name: Path(name).expanduser() for name in names if name.endswith((".jsonl", ".jsonl.gz"))}
+    texts = _texts(str(queries_from), "queries") if queries_from and files else {}
+    lists: dict[str, GradedList] = {}
+    for name in names:
+        found = _from_file(files[name], texts) if name in files else _from_beir(name, queries_from, split)
+        if not found:
+            raise ValueError(f"{name}: expected graded lists, found none")
+        for item in found:
+            key = item.id if item.id not in lists else f"{Path(name).name}:{item.id}"
+            if key in lists:
+                raise ValueError(f"{name}: list {item.id!r} is there already; is the file named twice?")
+            lists[key] = replace(item, id=key)
+    return list(lists.values())
+
+
+def recipe(lists: Lists, name: str, seed: int) -> Lists:
+    """The lists as RECIPES[name] says ("binary": grades 1, 0, 0); draws depend on seed and list id only.
+    Raises ValueError for an unknown name, and where a list is not one passage each of grades 3, 2, 1, 0.
+    """
+    if name not in RECIPES:
+        raise ValueError(f"recipe: expected one of {', '.join(RECIPES)}, got {name!r}")
+    shaped = []
+    for item in lists if name != "graded" else ():
+        if sorted(item.grades) != [0, 1, 2, 3]:
+            raise ValueError(f"recipe {name!r}: expected grades 3, 2, 1, 0; {item.id!r} has {item.grades}")
+        positive = random.Random(f"{seed} {item.id}").choice((3, 2))
+        keep = {"binary": (positive, 1, 0), "ends": (3, 0), "merged": (3, 2, 1, 0)}[name]
+        grades = [1 if name == "binary" else 3] + [0] * (len(keep) - 1)
+        passages = [item.passages[item.grades.index(grade)] for grade in keep]
+        shaped.append(replace(item, passages=passages, grades=grades))
+    return shaped or list(lists)
+
+
+def real_lists(
+    path_or_hub_id: Place, negatives: Place | None = None, seed: int = 0, split: str = "train"
+) -> Lists:
+    """The released real binary (k = 3): a query's annotated positive (score >= 1) and two others, all drawn.
+
+    Grades 3 and 1, as in the released synthetic + real (InfoNCE only looks at which is highest). The others
+    are judged 0, or stand in a `negatives` file, here or on the hub, and are not positives. The released one,
+    `BatsResearch/sycl/real_data/bm25_top_docs/train_qrels.jsonl` (BM25's top 1000), is read as its reader
+    `trove` documents: {"qid": "1", "docid": ["7", ...], "score": [...]}; scores are not used. With one other
+    k = 2; with none, or no positive, a query is left out, counted on stderr. MS MARCO's corpus takes 5 GB.
+    """
+    place, file = str(path_or_hub_id), Path(negatives or "")
+    mined = _rows(str(file.parent), file.name.partition(".jsonl")[0]) if negatives else None
+    corpus, queries, qrels = load_beir(place, split)
+    judged_ones = ((place, {"qid": query, "docid": list(judged)}) for query, judged in qrels.items())
+    lists: dict[str, GradedList] = {}
+    for where, row in mined or judged_ones:
+        query, pool = text_field(row, "qid", where), row.get("docid")
+        if query in lists or not isinstance(pool, list):
+            raise ValueError(f"{where}: expected a new 'qid' and a list in 'docid', found {query!r}")
+        good = [p for p, grade in qrels.get(query, {}).items() if grade]
+        others = [p for p in dict.fromkeys(map(str, pool)) if p not in good]
+        if good and others:
+            rng = random.Random(f"{seed} {query}")
+            ids = [rng.choice(good), *rng.sample(others, min(2, len(others)))]
+            if lost := [p for p in ids if p not in corpus]:
+                raise ValueError(f"{where}: field 'docid': {lost[0]!r} is not in the corpus")
+            lists[query] = GradedList(query, queries[query], [corpus[p] for p in ids], [3, 1, 1][: len(ids)])
+    if left := len(qrels) - len(lists):
+        print(f"{place}: {left} of {len(qrels)} queries lack a positive or another", file=sys.stderr)
+    if not lists:
+        raise ValueError(f"{place}: expected a query with a positive and another passage, found none")
+    return [lists[query] for query in qrels if query in lists]
+
+
+def combine(synthetic: Lists, real: Lists) -> Lists:
+    """Synthetic + real: a query's real passages behind its synthetic ones (4 + 3: k = 7), joined by the text
+    less case and outer space. Without a partner a synthetic list stays and a real one is left out, counted on
+    stderr. Raises ValueError if no list has a partner.
+    """
+    partners = {item.query.strip().casefold(): item for item in reversed(real)}
+    nothing = GradedList("", "", [], [])
+    pairs = [(item, partners.get(item.query.strip().casefold(), nothing)) for item in synthetic]
+    if not (used := {more.id for _, more in pairs if more is not nothing}):
+        raise ValueError(f"combine: none of the {len(real)} real lists has the query of a synthetic one")
+    if left := len(real) - len(used):
+        print(f"combine: {left} of {len(real)} real lists have no synthetic partner", file=sys.stderr)
+    return [replace(x, passages=x.passages + y.passages, grades=x.grades + y.grades) for x, y in pairs]
+
+
+def split_lists(lists: Lists, share: float, seed: int) -> tuple[Lists, Lists]:
+    """(rest, held out): a seeded `share` (0 to 1) of the lists is set aside for choosing settings."""
+    order = random.Random(seed).sample(range(len(lists)), len(lists))
+    held = set(order[: round(share * len(lists))])
+    return [x for j, x in enumerate(lists) if j not in held], [lists[j] for j in sorted(held)]
+
+
+def as_collection(lists: Lists) -> Collection:
+    """(corpus, queries, qrels): passage j of list i is `<id of i>-<j>`. ValueError for an id used twice."""
+    queries = {item.id: item.query for item in lists}
+    if len(queries) < len(lists):
+        raise ValueError(f"as_collection: {len(lists) - len(queries)} lists have the id of another")
+    corpus = {f"{item.id}-{j}": text for item in lists for j, text in enumerate(item.passages)}
+    return corpus, queries, {x.id: {f"{x.id}-{j}": y for j, y in enumerate(x.grades)} for x in lists}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B lists, query-major: passages i*k ... i*k + k-1 are query i's; short lists end in empty ones."""
+
+    queries: list[str]  # B
+    passages: list[str]  # B * k
+    labels: torch.Tensor  # (B, k) float32 grades
+    mask: torch.Tensor  # (B, k) bool, False = padding
+
+
+def collate(lists: Lists) -> Batch:
+    """Stack lists into one batch; k is the longest list's length. Raises ValueError if there is no list."""
+    if not lists:
+        raise ValueError("collate: expected at least one list, got none")
+    k = max(len(item.passages) for item in lists)
+    passages = [text for item in lists for text in item.passages + [""] * (k - len(item.passages))]
+    labels = torch.tensor([item.grades + [0] * (k - len(item.grades)) for item in lists]).float()  # (B, k)
+    mask = torch.tensor([[j < len(item.passages) for j in range(k)] for item in lists])  # (B, k)
+    return Batch([item.query for item in lists], passages, labels, mask)

@@ -1,67 +1,58 @@
 """The bi-encoder: one transformer, a (weighted) mean over its token states, one vector a text.
 
-Query and passage go through the same network; the score of a pair is the dot product of their two
-vectors.  Four options matter for an encoder that was never trained for retrieval: weights that
-make rare tokens count more in the mean, a centre (a mean embedding) that is subtracted, a linear map,
-and normalisation to length 1, which turns the dot product into a cosine.  Contriever and its kind need
-none of them.
-
-A model is saved in the sentence-transformers folder format, so `SentenceTransformer(folder)` gives
-the same vectors.  For cheap training the lower layers can be frozen and their states kept.
+Query and passage go through the same network; the score of a pair is the dot product of their two vectors.
+Four options matter for an encoder that was never trained for retrieval: weights that make rare tokens count
+more in the mean, a centre that is subtracted, a linear map, and length 1, which makes the dot product a
+cosine.  Contriever and its kind need none of them.  A model is saved in the sentence-transformers folder
+format, so `SentenceTransformer(folder)` gives the same vectors.
 """
 
 import hashlib
+import io
+import json
 import os
 import sys
+import zlib
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import transformers
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer
 
-from repro import warmup
-from repro.checkpoints import built_once, cache_dir, load_pretrained, pick_device, pick_dtype, sha256_of
-from repro.folders import read_modules, save_folder
-from repro.layers import freeze_layers, only_layers
-from repro.lists import lists_from_jsonl
-from repro.states import StateBank, Tokens
+from repro import checkpoints, start
+from repro.checkpoints import load_pretrained
+from repro.files import new_folder, one_line
 
-AUTHORED = Path(__file__).parents[1] / "cached_prompts" / "authored.jsonl"
-
-
-# Texts embedded together while training on a CPU, neighbours in length.  A batch of 64 authored passages
-# padded to its longest holds 1.42 times its tokens; in four parts of 16 it is 1.09.
-ROWS_ON_CPU = 16
+ROWS_ON_CPU = 16  # texts embedded together in training; 64, padded to the longest, hold 1.4 x the tokens
+BLOCK = 1024  # texts in one file of kept vectors: half a minute of work on two cores
+WORTH_A_FILE = 64  # texts; fewer are sooner computed again
+POOLING_VERSION = 1  # raise it when the code between ids and mean vectors changes, so that old files expire
+_KEPT: dict[str, dict[str, Tensor]] = {}  # {fingerprint of a frozen transformer: {prompt + text: (d,)}}
 
 
 class BiEncoder(nn.Module):
-    """Transformer -> weighted mean over tokens -> minus centre -> linear map -> length 1; all but the first are options.
+    """Transformer -> weighted mean over tokens -> minus centre -> linear map -> length 1; two always.
 
         e(x) = W (sum_t w[x_t] h_t / sum_t w[x_t] - c),   then e / |e| if `normalise`
 
-    with h_t the last layer's states, w = 1 for every token unless `token_weights` (V,) is given,
-    c = 0 unless `centre` (d,) is given, and W = 1 unless `projection` (m, d) is given, the only one of
-    them that is trained.  `prompts` are put in front of queries and passages (E5's "query: ").
+    with h_t the last layer's states, w = 1 for every token unless `token_weights` (V,) is given, c = 0 unless
+    `centre` (d,) is given, and W = 1 unless `projection` (m, d) is given, the only one of them that is
+    trained.  `prompts` {"query", "passage"} are put in front of the texts (E5's "query: ").
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: Any,
-        *,
-        pooling: str = "mean",
-        token_weights: Tensor | None = None,
-        centre: Tensor | None = None,
-        projection: Tensor | None = None,
-        normalise: bool = False,
-        max_length: int = 256,  # the paper's length for queries and passages
-        prompts: dict[str, str] | None = None,
-    ):
+        self, model: nn.Module, tokenizer: Any, *, pooling: str = "mean", token_weights: Tensor | None = None,
+        centre: Tensor | None = None, projection: Tensor | None = None, normalise: bool = False,
+        max_length: int = 256, prompts: dict[str, str] | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         model.config.use_cache = False  # a causal model would keep keys and values that nobody reads
         if getattr(model, "pooler", None) is not None:
@@ -69,223 +60,251 @@ class BiEncoder(nn.Module):
         self.model, self.tokenizer = model, tokenizer
         self.pooling, self.normalise, self.max_length = pooling, normalise, max_length
         self.prompts = {"query": "", "passage": "", **(prompts or {})}
-        self.frozen = 0  # how many lower layers are frozen
+        self.fingerprint = ""  # of a transformer that is frozen whole
         self.register_buffer("token_weights", token_weights)
         self.register_buffer("centre", centre)
         self.projection = None if projection is None else nn.Parameter(projection.clone())
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are."""
         return next(self.model.parameters()).device
 
     @property
-    def all_frozen(self) -> bool:
-        """Whether no layer of the transformer trains, so that a text's mean vector never changes."""
-        return self.frozen == self.model.config.num_hidden_layers
+    def frozen_whole(self) -> bool:
+        """Whether no weight of the transformer trains, so that a text's mean vector never changes."""
+        return bool(self.fingerprint)
 
-    def tokenise(self, texts: Sequence[str], kind: str = "passage") -> Tokens:
-        """Texts to token ids, cut at `max_length`, the prompt of `kind` in front.  ValueError for another kind."""
+    def prompted(self, texts: Sequence[str], kind: str) -> list[str]:
+        """The prompt of `kind` in front of each text.  ValueError for another kind than query or passage."""
         if kind not in self.prompts:
             raise ValueError(f"kind: expected one of {', '.join(sorted(self.prompts))}, got {kind!r}")
-        if not len(texts):
-            return Tokens([])
-        prompted = [self.prompts[kind] + text for text in texts]
-        ids = self.tokenizer(prompted, truncation=True, max_length=self.max_length)["input_ids"]
-        empty = [self.tokenizer.pad_token_id or 0]  # a text without a single token still needs one position
-        return Tokens([row or empty for row in ids])
+        return [self.prompts[kind] + text for text in texts]
 
-    def forward(self, *groups: Tokens, chunk: int | None = None) -> tuple[Tensor, ...]:
-        """One (n, d) matrix a group.  Queries and passages pass in one call, as DDP wants one call a step.
+    def tokenise(self, texts: Sequence[str], kind: str = "passage") -> list[list[int]]:
+        """Token ids of texts with their prompt, cut at `max_length`, at least one id a text."""
+        texts = self.prompted(texts, kind)
+        options = {"truncation": True, "max_length": self.max_length}
+        rows = self.tokenizer(texts, **options)["input_ids"] if texts else []
+        return [row or [self.tokenizer.pad_token_id or 0] for row in rows]
+
+    def forward(
+        self, queries: Sequence[str], passages: Sequence[str], chunk: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(n, d) and (m, d) embeddings with gradient, in one call, as DDP wants one call a step.
 
         With `chunk`, so many texts are embedded at a time and only their embeddings are kept; the
         backward pass computes the rest again (gradient caching, Gao et al. 2021, arXiv 2101.06983).
         """
-        return tuple(self._embed_by_length(group, chunk) for group in groups)
+        return self.embed(queries, "query", chunk), self.embed(passages, "passage", chunk)
 
-    def _embed_by_length(self, tokens: Tokens, chunk: int | None) -> Tensor:
-        rows = chunk or (ROWS_ON_CPU if self.device.type == "cpu" else len(tokens))
-        order = sorted(range(len(tokens)), key=lambda row: len(tokens.ids[row]))
-        run = partial(checkpoint, self.embed, use_reentrant=False) if chunk else self.embed
-        parts = [run(tokens[order[start : start + rows]]) for start in range(0, len(order), rows)]
-        return torch.cat(parts)[torch.tensor(order).argsort().to(self.device)]
+    def embed(self, texts: Sequence[str], kind: str, chunk: int | None = None) -> Tensor:
+        """(n, d) embeddings with gradient, neighbours in length computed together."""
+        if self.frozen_whole:
+            return self._finish(self.mean_vectors(texts, kind).to(self.device))
+        ids = self.tokenise(texts, kind)
+        rows = chunk or (ROWS_ON_CPU if self.device.type == "cpu" else len(ids))
+        order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
+        run = partial(checkpoint, self._mean, use_reentrant=False) if chunk else self._mean
+        parts = [run([ids[row] for row in order[i : i + rows]]) for i in range(0, len(order), rows)]
+        return self._finish(torch.cat(parts)[torch.tensor(order).argsort().to(self.device)])
 
-    def embed(self, tokens: Tokens) -> Tensor:
-        """(n, d) embeddings with gradient, starting from what is kept of the frozen layers, if anything is."""
-        if tokens.pooled is not None:
-            return self._finish(tokens.pooled.to(self.device))
-        ids, mask = self._pad(tokens)
-        if tokens.states is None:
-            hidden = self.model(input_ids=ids, attention_mask=mask).last_hidden_state  # (n, L, d)
-        else:
-            below = nn.utils.rnn.pad_sequence(tokens.states, batch_first=True).to(self.device)  # (n, L, d)
-            with only_layers(self.model, self.frozen, None, entering=below):
-                hidden = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+    def _mean(self, ids: list[list[int]]) -> Tensor:
+        """(n, hidden) weighted means of the last layer's states, float32."""
+        lengths, pad = torch.tensor([len(row) for row in ids]), self.tokenizer.pad_token_id or 0
+        rows = [torch.tensor(row) for row in ids]
+        padded = nn.utils.rnn.pad_sequence(rows, True, pad).to(self.device)  # (n, L), padded on the right
+        mask = (torch.arange(padded.shape[1]) < lengths[:, None]).long().to(self.device)
+        hidden = self.model(input_ids=padded, attention_mask=mask).last_hidden_state  # (n, L, hidden)
         with torch.autocast(self.device.type, enabled=False):  # the mean over tokens stays in float32
-            return self._finish(self._pool(hidden.float(), ids, mask))
-
-    def _pad(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        """Right-padded ids and attention mask, both (n, L)."""
-        lengths = torch.tensor([len(row) for row in tokens.ids])
-        rows = [torch.tensor(row) for row in tokens.ids]
-        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id or 0)
-        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-        return ids.to(self.device), mask.to(self.device)
-
-    def _pool(self, hidden: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        if self.pooling == "cls":
-            return hidden[:, 0]
-        weights = mask.float()  # (n, L)
-        if self.token_weights is not None:
-            weights = weights * self.token_weights[ids]
-        total = weights.sum(dim=1, keepdim=True).clamp(min=1e-9)  # sentence-transformers' guard
-        return (weights.unsqueeze(1) @ hidden).squeeze(1) / total  # (n, d)
+            hidden, weights = hidden.float(), mask.float()
+            if self.pooling == "cls":
+                return hidden[:, 0]
+            if self.token_weights is not None:
+                weights = weights * self.token_weights[padded]
+            total = weights.sum(dim=1, keepdim=True).clamp(min=1e-9)  # sentence-transformers' guard
+            return (weights.unsqueeze(1) @ hidden).squeeze(1) / total
 
     def _finish(self, vectors: Tensor) -> Tensor:
-        if self.centre is not None:
-            vectors = vectors - self.centre
-        if self.projection is not None:
-            vectors = vectors @ self.projection.T  # (n, m)
-        return nn.functional.normalize(vectors, dim=1) if self.normalise else vectors
+        with torch.autocast(self.device.type, enabled=False):
+            if self.centre is not None:
+                vectors = vectors - self.centre
+            if self.projection is not None:
+                vectors = vectors @ self.projection.T  # (n, m)
+            return nn.functional.normalize(vectors, dim=1) if self.normalise else vectors
 
     @torch.no_grad()
     def encode(
         self, texts: Sequence[str], kind: str = "passage", batch_size: int = 32, progress: bool = False
     ) -> Tensor:
-        """Embeddings (n, d) of texts, float32, on the CPU, in the order given.
-
-        `kind` is "query" or "passage".  Texts are sorted by length, longest first, so that a batch
-        is padded as little as possible and a batch that does not fit in memory fails at once.
-        """
-        return self.encode_tokens(self.tokenise(texts, kind), batch_size, progress)
+        """Embeddings (n, d) of texts, float32, on the CPU, in the order given; `kind`: query or passage."""
+        means = self.mean_vectors if self.frozen_whole else self._means
+        return self._finish(means(texts, kind, batch_size, progress).to(self.device)).cpu()
 
     @torch.no_grad()
-    def encode_tokens(self, tokens: Tokens, batch_size: int = 32, progress: bool = False) -> Tensor:
-        """`encode` for texts that are tokenised already, with or without kept states."""
-        order = sorted(range(len(tokens)), key=lambda row: -len(tokens.ids[row]))
+    def _means(self, texts: Sequence[str], kind: str, batch_size: int, progress: bool) -> Tensor:
+        """(n, hidden) on the CPU; longest first, so that a batch that is too large fails at once."""
+        ids = self.tokenise(texts, kind)
+        order = sorted(range(len(ids)), key=lambda row: -len(ids[row]))
+        vectors = torch.empty(len(ids), self.model.config.hidden_size)
         was_training = self.training
         self.eval()
-        width = self.model.config.hidden_size if self.projection is None else len(self.projection)
-        vectors = torch.empty(len(tokens), width)
-        with tqdm(total=len(tokens), desc="encode", unit="text", disable=not progress) as bar:
-            for start in range(0, len(order), batch_size):
-                rows = order[start : start + batch_size]
-                vectors[rows] = self.embed(tokens[rows]).cpu()
+        with tqdm(total=len(ids), desc=f"encode, {kind}", unit="text", disable=not progress) as bar:
+            for first in range(0, len(order), batch_size):
+                rows = order[first : first + batch_size]
+                vectors[rows] = self._mean([ids[row] for row in rows]).cpu()
                 bar.update(len(rows))
         self.train(was_training)
         return vectors
 
-    def freeze(self, layers: int) -> None:
-        """Freeze the embeddings and the lowest `layers` layers; 0 leaves the whole model trainable.
+    def mean_vectors(
+        self, texts: Sequence[str], kind: str, batch_size: int = 32, progress: bool = False
+    ) -> Tensor:
+        """(n, hidden) mean vectors of a transformer that is frozen whole: computed once, then looked up.
 
-        All layers can be frozen (and the final norm with them) if there is a projection, which then is
-        what trains.  Raises ValueError if nothing is left to train.
+        They stay in memory, and blocks of texts on disk, so that the next process reads them too.
         """
-        freeze_layers(self.model, layers, all_of_them=self.projection is not None)
-        self.frozen = layers
+        if not texts:
+            return torch.empty(0, self.model.config.hidden_size)
+        kept, keys = _KEPT.setdefault(self.fingerprint, {}), self.prompted(texts, kind)
+        by_key = dict(zip(keys, texts, strict=True))
+        unique = list(by_key)  # blocks are cut from the texts as given: the same texts give the same files
+        blocks = [unique[first : first + BLOCK] for first in range(0, len(unique), BLOCK)]
+        blocks = [block for block in blocks if any(key not in kept for key in block)]
+        shown = progress and len(blocks) > 1
+        for block in tqdm(blocks, f"frozen layers, {kind}", unit="block", disable=not shown):
+            vectors = self._block([by_key[key] for key in block], kind, batch_size)
+            kept.update(zip(block, vectors, strict=True))
+        return torch.stack([kept[key] for key in keys])
 
-    @torch.no_grad()
-    def keep_states(self, tokens: Tokens, batch_size: int = 32, progress: bool = False) -> Tokens:
-        """The same tokens with what the frozen layers make of them: computed once, used in every step.
+    def _block(self, texts: list[str], kind: str, batch_size: int) -> Tensor:
+        """(n, hidden) mean vectors of one block, from its file if there is a sound one."""
+        name = hashlib.sha256(json.dumps([self.fingerprint, self.prompted(texts, kind)]).encode()).hexdigest()
+        path = checkpoints.cache_dir() / "vectors" / f"{name[:32]}.npy"
+        if path.exists():
+            try:
+                data = path.read_bytes()  # the array, and a CRC-32 behind it, which numpy does not read
+                if zlib.crc32(data[:-4]).to_bytes(4, "big") != data[-4:]:
+                    raise ValueError("the checksum differs")
+                return torch.from_numpy(np.load(io.BytesIO(data), allow_pickle=False))
+            except (OSError, ValueError, EOFError) as error:
+                print(f"{path}: damaged ({one_line(error)}), its vectors are computed again", file=sys.stderr)
+        vectors = self._means(texts, kind, batch_size, progress=False)
+        if len(texts) >= WORTH_A_FILE and checkpoints.writable(path.parent):
+            array = io.BytesIO()
+            np.save(array, vectors.numpy(), allow_pickle=False)
+            scratch = path.with_suffix(f".{os.getpid()}.tmp")
+            scratch.write_bytes(array.getvalue() + zlib.crc32(array.getvalue()).to_bytes(4, "big"))
+            os.replace(scratch, path)
+        return vectors
 
-        Where all layers are frozen that is one mean vector a text, else the states of all its tokens.
+    def freeze(self, layers: int | None) -> None:
+        """Keep the embeddings and the lowest `layers` layers as they are; None lets everything train.
+
+        All layers (and a final norm with them) can be frozen where there is a linear map to train; each
+        text then goes through the transformer once.  Raises ValueError if nothing would be left to train.
         """
-        states: list[Tensor] = [torch.empty(0)] * len(tokens)
-        pooled = torch.empty(len(tokens), self.model.config.hidden_size)
-        order = sorted(range(len(tokens)), key=lambda row: -len(tokens.ids[row]))
-        self.eval()
-        with tqdm(total=len(tokens), desc="frozen layers", unit="text", disable=not progress) as bar:
-            for start in range(0, len(order), batch_size):
-                rows = order[start : start + batch_size]
-                ids, mask = self._pad(tokens[rows])
-                if self.all_frozen:
-                    hidden = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
-                    pooled[rows] = self._pool(hidden.float(), ids, mask).cpu()
-                else:
-                    with only_layers(self.model, 0, self.frozen) as leaving:
-                        self.model(input_ids=ids, attention_mask=mask)
-                    for row, hidden in zip(rows, leaving[-1].cpu(), strict=True):
-                        states[row] = hidden[: len(tokens.ids[row])].clone()
-                bar.update(len(rows))
-        return Tokens(tokens.ids, pooled=pooled) if self.all_frozen else Tokens(tokens.ids, states)
+        depth = self.model.config.num_hidden_layers
+        lists = (module for module in self.model.modules() if isinstance(module, nn.ModuleList))
+        stack = next((layers for layers in lists if len(layers) == depth), None)
+        most = depth if self.projection is not None else depth - 1
+        if layers is not None and (stack is None or not 0 <= layers <= most):
+            raise ValueError(f"freeze: expected 0 to {most} layers for this model, got {layers}")
+        parameters = list(self.model.parameters())  # in order: embeddings, layers, a final norm
+        border = 0 if layers is None else len(parameters)
+        if layers is not None and layers < depth:
+            first = next(stack[layers].parameters())
+            border = next(n for n, parameter in enumerate(parameters) if parameter is first)
+        for n, parameter in enumerate(parameters):
+            parameter.requires_grad_(n >= border)
+        self.fingerprint = self._fingerprint() if layers == depth else ""
+
+    def _fingerprint(self) -> str:
+        """Hex sha256 of all that mean vectors depend on."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        tokenizer = json.loads(backend.to_str()) if backend is not None else self.tokenizer.get_vocab()
+        config = self.model.config.to_dict()
+        for content, passing in ((tokenizer, ("truncation", "padding")), (config, ("_name_or_path",))):
+            for key in passing:  # states of an earlier call, and where the model lay
+                content.pop(key, None)
+        code = [POOLING_VERSION, transformers.__version__, type(self.model).__name__, self.device.type]
+        parts = [*code, self.pooling, self.max_length, config, tokenizer]
+        digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
+        weights = {**self.model.state_dict(), "token_weights": self.token_weights}
+        for key in sorted(key for key, value in weights.items() if value is not None):
+            digest.update(f"{key} {weights[key].dtype} {tuple(weights[key].shape)}".encode())
+            digest.update(weights[key].detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
 
     def save(self, folder: str | Path) -> Path:
-        """Write the model as a sentence-transformers folder (safetensors); the folder must not exist or be empty.
+        """Write a sentence-transformers folder (safetensors); it must not exist or be empty.  Returns it.
 
         Modules: Transformer, WordWeights (the token weights), Pooling, Dense (identity with bias -c),
         Dense (W, no bias), Normalize; those that the model does not use are left out.
         """
-        return save_folder(
-            Path(folder),
-            self.model,
-            self.tokenizer,
-            pooling=self.pooling,
-            token_weights=self.token_weights,
-            centre=self.centre,
-            projection=self.projection,
-            normalise=self.normalise,
-            max_length=self.max_length,
-            prompts=self.prompts,
-        )
+        with new_folder(folder) as scratch:
+            with checkpoints.quiet_transformers():
+                self.model.save_pretrained(scratch)
+                self.tokenizer.save_pretrained(scratch)
+            width, names = self.model.config.hidden_size, [("", "Transformer")]
+
+            def write(path: str, content: Any) -> None:
+                text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+                (scratch / path).write_text(text, encoding="utf-8")
+
+            def add(kind: str, config: dict[str, Any] | None, **weights: Tensor) -> None:
+                path = f"{len(names)}_{kind}"
+                names.append((path, kind))
+                (scratch / path).mkdir()
+                if config is not None:
+                    write(f"{path}/config.json", config)
+                if weights:
+                    tensors = {
+                        f"linear.{k}": v.detach().float().cpu().contiguous() for k, v in weights.items()
+                    }
+                    save_file(tensors, scratch / path / "model.safetensors")
+
+            if self.token_weights is not None:
+                words = self.tokenizer.convert_ids_to_tokens(list(range(len(self.token_weights))))
+                words = [word or "" for word in words]
+                by_word = dict(zip(words, self.token_weights.tolist(), strict=True))
+                add("WordWeights", {"vocab": words, "word_weights": by_word, "unknown_word_weight": 1})
+            modes = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
+            pooling = {key: mode == self.pooling for key, mode in modes.items()}
+            add("Pooling", {"word_embedding_dimension": width, **pooling})
+            dense = {"in_features": width, "activation_function": "torch.nn.modules.linear.Identity"}
+            if self.centre is not None:
+                shift = {"weight": torch.eye(width), "bias": -self.centre}
+                add("Dense", {**dense, "out_features": width, "bias": True}, **shift)
+            if (w := self.projection) is not None:
+                add("Dense", {**dense, "out_features": len(w), "bias": False}, weight=w)
+            if self.normalise:
+                add("Normalize", None)
+            kinds = [(path, f"sentence_transformers.models.{kind}") for path, kind in names]
+            rows = [{"idx": n, "name": str(n), "path": p, "type": kind} for n, (p, kind) in enumerate(kinds)]
+            write("modules.json", rows)
+            write("sentence_bert_config.json", {"max_seq_length": self.max_length, "do_lower_case": False})
+            default = "passage" if any(self.prompts.values()) else None
+            named = {"prompts": self.prompts, "default_prompt_name": default, "similarity_fn_name": "dot"}
+            write("config_sentence_transformers.json", named)
+        return Path(folder)
 
     @classmethod
-    def load(cls, name: str | Path, device: str = "auto", dtype: str = "auto", **options: Any) -> "BiEncoder":
-        """Load `base`, a built-in name, a folder (this kit's, sentence-transformers' or plain), or a hub id.
+    def load(cls, path_or_name: str | Path, device: str = "auto", dtype: str = "auto") -> "BiEncoder":
+        """A saved folder, a sentence-transformers or plain checkpoint, a built-in name, "base", a hub id.
 
-        `options` go to the constructor and win over what the folder says.  A plain transformer
-        gets mean pooling and raw dot products, as the paper uses Contriever.  Raises
-        CheckpointError if it cannot be loaded or needs a module that this kit does not have.
+        A plain transformer gets mean pooling and raw dot products, as Contriever has them.  Raises ValueError
+        if it cannot be loaded or needs a module that this kit does not have.
         """
-        where = base_folder() if os.fspath(name) == "base" else name
-        target = pick_device(device)
-        found, subfolder = read_modules(where)
-        kind = {"subfolder": subfolder} if subfolder else {}
-        model = load_pretrained(where, AutoModel, dtype=pick_dtype(dtype, target), **kind)
-        tokenizer = load_pretrained(where, AutoTokenizer, **kind)
+        target = checkpoints.pick_device(device)
+        number_format = checkpoints.pick_dtype(dtype, target)
+        where = start.base_folder(cls) if os.fspath(path_or_name) == "base" else path_or_name
+        options, subfolder = checkpoints.read_modules(where)
+        inside = {"subfolder": subfolder} if subfolder else {}
+        model = load_pretrained(where, AutoModel, dtype=number_format, **inside)
+        tokenizer = load_pretrained(where, AutoTokenizer, **inside)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         limit = getattr(model.config, "max_position_embeddings", None) or 256
-        longest = tokenizer.model_max_length if found else 256  # where sentence-transformers keeps its limit now
-        settings = {"max_length": min(longest, limit), **found, **options}
-        return cls(model, tokenizer, **settings).to(target).eval()
-
-
-# The built-in encoder, "base".  Nothing in it was trained on a relevance label, and no real document was used.
-# What it is made of was chosen on the authored lists and WikiQA's training questions: see README.
-BASE_CHECKPOINT, BASE_LAYERS, BASE_SEED = "smollm2-135m", 6, 0
-BASE_PROMPT = "#\n"  # a causal model's first token is a sink for attention, and no word of the text should be it
-
-
-def base_folder() -> Path:
-    """The built-in encoder as a folder in the cache, made once (two minutes on two cores): no label is used.
-
-    The lower 6 of SmolLM2-135M's 30 layers; a mean over tokens weighted by inverse frequency, counted
-    on the authored passages, the start prompt left out; centred on the mean embedding of the authored
-    queries (a query's few tokens share more of the constant part than a passage's many); a linear map
-    that softly whitens the authored passages and then learns to find a passage from a few words cut
-    out of it (`warmup`); cosine.
-    """
-    recipe = f"{BASE_CHECKPOINT} {BASE_LAYERS} {BASE_PROMPT!r} {warmup.RECIPE} {BASE_SEED} {sha256_of(AUTHORED)}"
-    folder = cache_dir() / "models" / f"base-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
-    with built_once(folder) as scratch:
-        if scratch is not None:
-            print("building the self-supervised encoder `base` once", file=sys.stderr)
-            lists = lists_from_jsonl(AUTHORED)
-            queries, passages = [item.query for item in lists], [text for item in lists for text in item.passages]
-            model = load_pretrained(BASE_CHECKPOINT, AutoModel, num_hidden_layers=BASE_LAYERS, dtype=torch.float32)
-            width = model.config.hidden_size
-            prompts = {"query": BASE_PROMPT, "passage": BASE_PROMPT}
-            tokenizer = load_pretrained(BASE_CHECKPOINT, AutoTokenizer)
-            encoder = BiEncoder(model, tokenizer, prompts=prompts, projection=torch.eye(width), normalise=True)
-            weights = warmup.sif_weights(tokenizer(passages)["input_ids"], model.config.vocab_size)
-            weights[tokenizer(BASE_PROMPT)["input_ids"]] = 0
-            encoder.token_weights = weights
-            encoder.freeze(BASE_LAYERS)
-            bank = StateBank(encoder, cache_dir() / "pooled")
-            cuts = warmup.cut_out(passages, BASE_SEED)
-            for texts, kind in ((queries, "query"), (cuts, "query"), (passages, "passage")):
-                bank.add(texts, kind)
-            encoder.centre = bank(queries, "query").pooled.mean(dim=0)
-            short, long = (bank(texts, kind).pooled - encoder.centre for texts, kind in ((cuts, "query"), (passages, "passage")))
-            encoder.projection = nn.Parameter(warmup.warm_up(warmup.whitening(long), short, long, BASE_SEED))
-            encoder.save(scratch)
-    return folder
+        longest = tokenizer.model_max_length if options else 256  # newer folders keep their limit there
+        return cls(model, tokenizer, **{"max_length": min(longest, limit), **options}).to(target).eval()

@@ -1,189 +1,212 @@
 """Score one model on one collection: `python -m repro.evaluate --model NAME --data COLLECTION`.
 
-Ranks the collection's passages for its judged queries, with a bi-encoder or with BM25, and compares
-the ranking with the judgments.  The result is one JSON record: means, per-query values (which the
-significance tests in `stats` need), and what is needed to run it again.
+Ranks the passages for every judged query, by exact search over embeddings or by BM25, and compares the
+ranking with the judgments.  The record (JSON) holds the means, the values per query and the machine.
 """
 
 import argparse
 import json
-import os
-import platform
+import math
 import re
 import sys
-import tempfile
 import time
-from collections.abc import Sequence
-from importlib.metadata import version
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import bm25s
+import numpy as np
+import torch
+from torch import Tensor
+
 from repro import metrics
-from repro.checkpoints import cache_dir
+from repro.checkpoints import machine
 from repro.data import load_beir
-from repro.files import replacing
-from repro.retrieval import SELF_HITS, EvaluateError, Texts, bm25_run, check_k, device_of, retrieve, search
+from repro.encoder import BiEncoder
+from repro.files import checked_output, ending, one_line, writing
 
-CACHED = 100_000  # passages: at 2.3 kB each, 230 MB on disk
+BLOCK, QUERY_BLOCK = 32_768, 512  # passages and queries compared at a time: 67 MB of scores
+KEPT = 100_000  # passages whose vectors are kept in the cache: 230 MB with 576 numbers each
+Texts = Mapping[str, str]  # {id: text}
 
-__all__ = ["EvaluateError", "bm25_run", "evaluate_model", "main", "retrieve", "search"]
+
+def _merge(best: tuple[Tensor, Tensor], scores: Tensor, first: int, k: int) -> tuple[Tensor, Tensor]:
+    """The best k of (scores, indices) so far and of a block's scores (Q, n), whose indices start at `first`.
+
+    Of equal scores the lower index is better.  `topk` promises no such order, so it finds one passage more
+    than is needed, and a row where that one equals the last is sorted whole; all sorts are stable.
+    """
+    if not math.isfinite(sum(map(float, scores.aminmax()))):
+        raise ValueError("an embedding or a score is not a finite number; the model cannot be evaluated")
+    m = min(k, scores.shape[1])
+    top, places = scores.topk(min(m + 1, scores.shape[1]), dim=1)
+    tied = (top[:, m - 1 :].diff(dim=1) == 0).any(dim=1)
+    whole = scores[tied].sort(dim=1, descending=True, stable=True)
+    top[tied], places[tied] = whole.values[:, : m + 1], whole.indices[:, : m + 1]
+    places, order = places[:, :m].sort(dim=1)
+    both, indices = torch.cat([best[0], top.gather(1, order)], 1), torch.cat([best[1], places + first], 1)
+    both, order = (both + 0.0).sort(dim=1, descending=True, stable=True)  # + 0.0 makes -0.0 equal to 0.0
+    return both[:, :k], indices.gather(1, order)[:, :k]
+
+
+def search(query_embeddings: Tensor, passage_embeddings: Any, k: int, block: int = BLOCK) -> list[Tensor]:
+    """The k best passages of every query by dot product, exactly: scores (Q, k), indices (Q, k), best first.
+
+    Takes (Q, d), Q >= 1, and (N, d) or a memory-mapped array, of which `block` rows are read at a time.  Of
+    equal float32 scores the lower index comes first.  ValueError unless 1 <= k <= N and all are finite.
+    """
+    if not (n := len(passage_embeddings)) >= k >= 1:
+        raise ValueError(f"k is {k}, expected a number from 1 to {n}, the number of passages")
+    parts = torch.as_tensor(query_embeddings).float().split(QUERY_BLOCK)
+    best = [(part[:, :0], part[:, :0].long()) for part in parts]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # it is only read
+        for first in range(0, n, block):
+            rows = torch.as_tensor(passage_embeddings[first : first + block]).to(parts[0].device).float()
+            best = [_merge(b, part @ rows.T, first, k) for b, part in zip(best, parts, strict=True)]
+    return [torch.cat(found).cpu() for found in zip(*best, strict=True)]
+
+
+def _as_run(rows: Iterable[tuple], corpus: Texts, queries: Texts, k: int) -> metrics.Run:
+    """A run from rows (query id, scores, indices), the best k each.  A query that is a passage (ArguAna)
+    loses it: the same id, and the query's text, maybe behind a title; case and white space do not count."""
+    ids, run = list(corpus), {}
+    for qid, scores, indices in rows:
+        found = {ids[i]: score for i, score in zip(indices, scores, strict=True)}
+        texts = [" ".join(["", *text.casefold().split()]) for text in (corpus.get(qid, ""), queries[qid])]
+        if qid in found and texts[0].endswith(texts[1]):
+            del found[qid]
+        run[qid] = dict(list(found.items())[:k])
+    return run
+
+
+def retrieve(
+    model: Any, corpus: Texts, queries: Texts, k: int, batch_size: int = 32, progress: bool = False
+) -> metrics.Run:
+    """Rank the corpus for every query with `model.encode`: {query id: {passage id: score}}, the best k each.
+
+    Of equal scores the earlier passage is kept; a query does not find itself (`_as_run`).
+    """
+    options = {"batch_size": batch_size, "progress": progress}
+
+    class Encoded(list):  # texts; a slice of them is their embeddings, as if they were a matrix
+        def __getitem__(self, rows: slice) -> Tensor:
+            return model.encode(super().__getitem__(rows), kind="passage", **options)
+
+    asked = model.encode(list(queries.values()), kind="query", **options).to(getattr(model, "device", "cpu"))
+    scores, indices = search(asked, Encoded(corpus.values()), min(k + 1, len(corpus)))
+    return _as_run(zip(queries, scores.tolist(), indices.tolist(), strict=True), corpus, queries, k)
+
+
+def s_stem(word: str) -> str:
+    """Take the plural s off an English word, as Harman's S-stemmer (1991) does."""
+    if word.endswith("ies") and not word.endswith(("eies", "aies")):
+        return word[:-3] + "y" if len(word) > 4 else word
+    return word[:-1] if len(word) > 2 and word.endswith("s") and not word.endswith(("us", "ss")) else word
+
+
+def bm25_run(corpus: Texts, queries: Texts, k: int, k1: float = 0.9, b: float = 0.4) -> metrics.Run:
+    """Rank by BM25 in Lucene's form (bm25s): at most k passages a query, each with a word of it.
+
+    score(q, p) = sum over words w of q: ln(1 + (N - n_w + .5) / (n_w + .5)) f / (f + k1 (1 - b + b l_p / l)):
+    n_w of N passages hold w; p holds it f times among l_p words, l on average.  Words are in lower case, of
+    two letters or more, no English stop words, and go through `s_stem`.  The rest is as in `retrieve`.
+    """
+    form = {"stopwords": "en_plus", "stemmer": lambda words: [s_stem(word) for word in words]}
+    form |= {"return_ids": False, "show_progress": False}
+    words, asked = (bm25s.tokenize(list(texts.values()), **form) for texts in (corpus, queries))
+    index, rows = bm25s.BM25(method="lucene", k1=k1, b=b), []
+    if any(words):
+        index.index(words, show_progress=False)
+    for qid, query in zip(queries, asked, strict=True):
+        scores = index.get_scores(query) if query and any(words) else np.zeros(0)
+        best = np.argsort(-scores, kind="stable")[: min(k + 1, np.count_nonzero(scores > 0))]
+        rows.append((qid, scores[best].tolist(), best.tolist()))
+    return _as_run(rows, corpus, queries, k)
 
 
 def evaluate_model(
-    model: Any,
-    corpus: Texts,
-    queries: Texts,
-    qrels: metrics.Qrels,
-    *,
-    measures: Sequence[str] = metrics.MEASURES,
-    top_k: int | None = None,
-    batch_size: int = 32,
-    device: str = "auto",
-    dtype: str = "auto",
-    self_hits: str = "drop",
-    run_file: str | Path | None = None,
-    cache: Path | None = None,
+    model: Any, corpus: Texts, queries: Texts, qrels: metrics.Qrels, *,
+    measures: Sequence[str] = metrics.MEASURES, top_k: int | None = None, batch_size: int = 32,
+    device: str = "auto", dtype: str = "auto", run_file: str | Path | None = None, cache: bool = True,
     progress: bool = False,
-) -> dict[str, Any]:
-    """Rank and score one model on one collection, and return the record that the command line writes.
+) -> dict[str, Any]:  # fmt: skip
+    """Rank and score one model on one collection: the record that the command line writes.
 
-    `model` is `"bm25"`, a name or folder for `BiEncoder.load`, or an object with `encode`.  Only
-    the judged queries are asked.  `top_k` is how many passages are kept a query; None means 1000,
-    or the whole corpus if it is smaller.  `run_file` also gets the ranking, as a TREC run.  `cache` is a
-    folder for the mean vectors that a named encoder's transformer makes (`states`): another model with
-    the same transformer, a trained projection say, then reads them instead of computing.
-    Raises EvaluateError, or a MetricError for an unknown measure, before anything is encoded.
+    `model`: "bm25", a name or folder for `BiEncoder.load`, or an object with `encode`.  Only judged queries
+    are asked, `top_k` passages kept for each (by default 1000 or all).  `cache`: where a named encoder ends
+    in a linear map, its transformer's vectors are kept for the next one.  ValueError before a model loads.
     """
     top_k = min(1000, len(corpus)) if top_k is None else top_k
-    check_k(top_k, len(corpus))
-    cut = [m for m in measures if metrics.parse_measure(m)[1] > top_k and top_k < len(corpus)]
-    if cut:
-        print(f"note: only {top_k} passages a query are kept, which limits {', '.join(cut)}", file=sys.stderr)
-    if unknown := [qid for qid in qrels if qid not in queries]:
-        raise EvaluateError(f"{len(unknown)} judged queries have no text, for example {unknown[0]!r}")
-    if not qrels:
-        raise EvaluateError("there are no judgments, so there is nothing to score")
-    asked = {qid: queries[qid] for qid in qrels}
-    name = model if isinstance(model, str) else type(model).__name__
-    versions = ["torch", "transformers", "numpy"] + (["bm25s"] if name == "bm25" else [])
-    if name != "bm25" and isinstance(model, str):
-        from repro.encoder import BiEncoder
-
+    if not 1 <= top_k <= len(corpus):
+        raise ValueError(f"top-k is {top_k}, expected 1 to {len(corpus)}, the number of passages")
+    metrics.evaluate({}, {}, measures)  # refuses an unknown measure
+    if batch_size < 1:
+        raise ValueError(f"batch-size is {batch_size}, expected at least 1")
+    if not qrels or (unknown := sorted(qrels.keys() - queries.keys())):
+        raise ValueError(f"judged query {unknown[0]!r} has no text" if qrels else "there are no judgments")
+    if run_file is not None:
+        metrics.check_ids([*qrels, *corpus], run_file)
+    if cut := [m for m in measures if top_k < min(int(m.split("@")[1]), len(corpus))]:
+        print(f"note: {top_k} passages a query are kept, which limits {', '.join(cut)}", file=sys.stderr)
+    name, named = type(model).__name__, isinstance(model, str | Path)
+    if named:
+        name = Path(model).resolve().name if Path(model).is_dir() else str(model)
+    if named and model != "bm25":
         model = BiEncoder.load(model, device=device, dtype=dtype)
-        if cache is not None:
-            from repro.states import FromStates, StateBank
-
-            model.frozen = model.model.config.num_hidden_layers  # nothing trains here
-            model = FromStates(model, StateBank(model, cache, progress=progress))
-    start = time.perf_counter()
-    if name == "bm25":
-        run = bm25_run(corpus, asked, top_k, self_hits=self_hits)
+        if cache and model.projection is not None and len(corpus) <= KEPT:
+            model.freeze(model.model.config.num_hidden_layers)  # nothing trains here
+    start, asked = time.perf_counter(), {qid: queries[qid] for qid in qrels}
+    if model == "bm25":
+        run = bm25_run(corpus, asked, top_k)
     else:
-        run = retrieve(model, corpus, asked, top_k, batch_size, self_hits=self_hits, progress=progress)
-    seconds = time.perf_counter() - start
-    per_query = metrics.evaluate(qrels, run, measures)
+        run = retrieve(model, corpus, asked, top_k, batch_size, progress)
+    seconds = round(time.perf_counter() - start, 2)
     if run_file is not None:
         metrics.write_run(run, run_file, tag=re.sub(r"\s+", "_", name))
-    return {
-        "model": name,
-        "metrics": metrics.mean(per_query),
-        "top_k": top_k,
-        "counts": {
-            "passages": len(corpus),
-            "queries": len(qrels),
-            "judgments": sum(len(judgments) for judgments in qrels.values()),
-        },
-        "seconds": round(seconds, 2),
-        "device": "cpu" if name == "bm25" else str(device_of(model)),
-        "machine": {"platform": platform.machine(), "cpus": os.cpu_count()},
-        "versions": {package: version(package) for package in versions},
-        "per_query": per_query,
-    }
+    per_query = metrics.evaluate(qrels, run, measures)
+    number_format = getattr(getattr(model, "model", None), "dtype", torch.float32)
+    used = machine(getattr(model, "device", "cpu"), number_format)
+    counts = {"passages": len(corpus), "queries": len(qrels), "judgments": sum(map(len, qrels.values()))}
+    record = {"model": name, "metrics": metrics.mean(per_query), "top_k": top_k, "counts": counts}
+    record |= {"seconds": seconds, "device": used["device"], "dtype": used["dtype"], "machine": used}
+    return record | {"per_query": per_query}
 
 
-def check_writable(file: Path) -> None:
-    """Make sure, before the long part, that `file` can be written: its folder is made if need be."""
-    try:
-        if file.is_dir():
-            raise IsADirectoryError(None, "it is a folder, expected a file name")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=file.parent).close()
-    except OSError as error:
-        raise EvaluateError(f"{file}: cannot be written: {error.strerror}") from error
-
-
-def table(record: dict[str, Any]) -> str:
-    """A record's means as a few lines of plain text."""
-    counts = record["counts"]
-    lines = [
-        f"collection  {record['collection']} ({record['split']}): {counts['passages']} passages, "
-        f"{counts['queries']} queries, {counts['judgments']} judgments",
-        f"model       {record['model']} ({record['device']}, {record['seconds']:.1f} s)",
-        *(f"{measure:<12}{value:.4f}" for measure, value in record["metrics"].items()),
-    ]
-    return "\n".join(lines)
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line's options."""
-    p = argparse.ArgumentParser(prog="python -m repro.evaluate", description=__doc__.split("\n\n")[1])
-    p.add_argument("--model", default="base", help="bm25, base, a model folder or a hub id (default: base)")
-    p.add_argument("--data", default="sample", help="sample, a BEIR folder or a hub id (default: sample)")
-    p.add_argument("--split", default="test", help="which judgments to use (default: test)")
-    p.add_argument("--out", type=Path, metavar="FILE.json", help="write the record here")
-    p.add_argument("--run", type=Path, metavar="FILE.trec", help="write the ranking here, as a TREC run")
-    p.add_argument("--top-k", type=int, metavar="N", help="passages kept a query (default: 1000 at most)")
-    p.add_argument("--batch-size", type=int, default=32, help="texts encoded together (default: 32)")
-    p.add_argument("--measures", nargs="+", default=list(metrics.MEASURES), metavar="NAME@K",
-                   help=f"any of {', '.join(metrics.FUNCTIONS)}, with any cut-off")  # fmt: skip
-    p.add_argument("--self-hits", choices=SELF_HITS, default="drop",
-                   help="what happens to a passage that has the query's id (default: drop, as BEIR does)")  # fmt: skip
-    p.add_argument("--cache", action=argparse.BooleanOptionalAction,
-                   help=f"keep the transformer's vectors on disk for the next model (default: up to {CACHED:,} passages)")  # fmt: skip
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
-    p.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
-    return p
-
-
-def run_command(args: argparse.Namespace) -> None:
-    """Do what the options ask for; every check that needs no model comes before the model is loaded."""
-    for measure in args.measures:
-        metrics.parse_measure(measure)
-    if args.batch_size < 1:
-        raise EvaluateError(f"batch-size is {args.batch_size}, expected at least 1")
-    outputs = [file for file in (args.out, args.run) if file is not None]
-    if len({file.absolute() for file in outputs}) < len(outputs):
-        raise EvaluateError(f"{args.out}: --out and --run name the same file")
-    corpus, queries, qrels = load_beir(args.data, split=args.split)
-    if args.top_k is not None:
-        check_k(args.top_k, len(corpus))
-    for file in outputs:
-        check_writable(file)
-    keep = len(corpus) <= CACHED if args.cache is None else args.cache
-    scored = evaluate_model(
-        args.model, corpus, queries, qrels,
-        measures=args.measures, top_k=args.top_k, batch_size=args.batch_size, device=args.device,
-        dtype=args.dtype, self_hits=args.self_hits, run_file=args.run, progress=True,
-        cache=cache_dir() / "pooled" if keep else None,
-    )  # fmt: skip
-    folder = Path(args.data)
-    collection = folder.resolve().name if args.data != "sample" and folder.is_dir() else args.data
-    record = {"collection": collection, "split": args.split, **scored}
-    if args.out is not None:
-        with replacing(args.out) as sink:
-            json.dump(record, sink, ensure_ascii=False, indent=1)
-            sink.write("\n")
-    print(table(record))
+def _command(model: str, data: str, split: str, out: Path | None, run: Path | None, **options: Any) -> None:
+    out = out and checked_output(out, re.compile(r'\{"collection": ').match)  # how an own file begins
+    run = run and checked_output(run, re.compile(r"(?a)\S+ Q0 \S+ \d+ \S+ \S+\s*$").match)
+    if out and run and out.resolve() == run.resolve() and (out.is_file() or not out.exists()):
+        raise ValueError(f"{out}: --out and --run name the same file")
+    record = evaluate_model(model, *load_beir(data, split=split), run_file=run, progress=True, **options)
+    name = Path(data).resolve().name if Path(data).is_dir() else data
+    if out:
+        rows = {"collection": name, "split": split, **record}.items()
+        text = ",\n ".join(f'"{key}": {json.dumps(value, ensure_ascii=False)}' for key, value in rows)
+        with writing(out) as sink:
+            sink.write(f"{{{text}}}\n")
+    counts = ", ".join(f"{count} {what}" for what, count in record["counts"].items())
+    print(f"collection  {one_line(name)} ({one_line(split)}): {counts}")
+    print(f"model       {one_line(record['model'])} ({record['device']}, {record['seconds']} s)")
+    print(*(f"{measure:<12}{value:.4f}" for measure, value in record["metrics"].items()), sep="\n")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line: 0 if all went well, 2 with one sentence on stderr if not."""
-    try:
-        run_command(parser().parse_args(argv))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """The command line: 0, or 2 with one sentence on stderr."""
+    p = argparse.ArgumentParser(prog="python -m repro.evaluate", description=__doc__.split("\n\n")[1])
+    p.add_argument("--model", default="base", help="bm25, base, all-minilm-l6-v2, a model folder, a hub id")
+    p.add_argument("--data", default="sample", help="sample, a BEIR folder, a hub id")
+    p.add_argument("--split", default="test", help="which judgments to use")
+    p.add_argument("--out", type=Path, metavar="FILE.json", help="write the record here")
+    p.add_argument("--run", type=Path, metavar="FILE.trec", help="write the ranking here, as a TREC run")
+    p.add_argument("--top-k", type=int, metavar="N", help="passages kept a query, by default 1000 at most")
+    p.add_argument("--batch-size", type=int, default=32, help="texts encoded together")
+    p.add_argument("--measures", nargs="+", default=metrics.MEASURES, help="ndcg@K ndcg_exp@K mrr@K recall@K")
+    p.add_argument("--no-cache", dest="cache", action="store_false", help="keep no vectors for other models")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+    p.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    return ending(lambda: _command(**vars(p.parse_args(argv))))
 
 
 if __name__ == "__main__":

@@ -2,252 +2,369 @@
 
     python -m repro.train --lists cached_prompts/authored.jsonl --loss wasserstein_1d --out runs/w1 --seed 0
 
-Each step takes `batch_size` lists, embeds their queries and passages, scores every query against
-every passage of the batch, and hands scores and grades to the loss.  Under `torchrun` each rank
-embeds its slice of the batch and the embeddings are gathered with gradient, so the loss always
-sees the whole batch (the Gaussian loss of a batch is not the mean over its parts).
+Each step embeds the queries and passages of `batch_size` lists, scores every query against every passage
+of the batch, and hands scores and grades to the loss.  Under `torchrun` each rank embeds its slice and the
+embeddings are gathered with gradient, so the loss always sees the whole batch.
 
-OUT becomes a sentence-transformers folder with `train.json` (settings, versions, minutes) and
-`log.jsonl` (one line a step).  Until then everything lies in OUT.partial; the same command goes on
-from the last checkpoint there after a kill.
+OUT becomes a sentence-transformers folder with `train.json` (settings, versions, minutes) and `log.jsonl`
+(a line a step).  Until then all lies in OUT.partial; after a kill the same command goes on from there.
 """
 
-import argparse
+import dataclasses
+import hashlib
+import inspect
 import json
 import math
 import os
 import random
+import re
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, fields
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional as dist_nn
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import AdamW
 from tqdm import tqdm
+from transformers import HfArgumentParser
 
-from repro import losses
-from repro.checkpoints import cache_dir, pick_device, pick_dtype
-from repro.encoder import BiEncoder, Tokens
-from repro.lists import Batch, GradedList, collate
-from repro.recipe import LOSSES, TrainConfig, TrainError, chosen_settings, frozen_layers, loss_function, training_lists
-from repro.runs import identity, is_finished, machine, resume, save_checkpoint, trim_log, write_json
-from repro.states import StateBank
+from repro.checkpoints import machine, pick_device, pick_dtype
+from repro.data import RECIPES, Batch, GradedList, collate, combine, load_lists, real_lists, recipe
+from repro.encoder import BiEncoder
+from repro.files import AUTHORED, check_new_folder, ending, locked, same_run, write_json, writing
+from repro.losses import LOSSES, expand_labels
 
-__all__ = ["LOSSES", "TrainConfig", "TrainError", "batch_loss", "fit", "loss_function", "main", "train", "training_lists"]
+# (temperature, label temperature) for cosine scores: of each loss's best trial on the label-free start.
+COSINE = {"infonce": (0.1, 1.0), "kl": (0.2, 1.0), "wasserstein_1d": (0.05, 0.3)}
+COSINE["wasserstein_gaussian"] = (0.2, 1.0)
+CHOICES = {"loss": tuple(LOSSES), "order": (1, 2), "axis": ("grade", "gain"), "target": ("all", "own")}
+CHOICES["recipe"] = (*RECIPES, "real")
+ABOVE_0 = "epochs steps batch_size accumulate lr temperature label_temperature clip chunk checkpoint_every"
+Lists = Sequence[GradedList]
+Row = dict[str, float]
 
-TokenSource = Callable[[list[str], str], Tokens]  # (texts, "query" or "passage") -> tokens
+
+@dataclass
+class TrainConfig:
+    """What a run is made of.  None means: by the kind of encoder (`filled`), and written to train.json."""
+
+    lists: list[str] = field(
+        default_factory=list
+    )  # caches, BEIR folders, hub ids; none: the kit's authored lists
+    queries: str | None = None  # folder or hub id with the texts of the lists' queries, where they have none
+    recipe: str = "graded"  # graded, binary, ends, merged (repro/data.py), or real: only the lists of --real
+    real: str | None = None  # collection whose judged passages join the lists (k = 7)
+    negatives: str | None = None  # its mined passages; none: judged ones that are not relevant
+    out: str = "runs/model"  # folder that becomes the model
+    loss: str = "wasserstein_1d"  # infonce, kl, wasserstein_1d or wasserstein_gaussian
+    seed: int = 0  # of the order of the lists, of what a recipe draws, and of dropout
+    model: str = "base"  # where training starts: base, a folder, a built-in name or a hub id
+    epochs: int | None = None  # passes over the lists; none: 5 where only a linear map trains, else 1
+    steps: int | None = None  # optimiser steps, instead of whole epochs
+    batch_size: int = 16  # lists in one loss, over all ranks (64 in the released commands)
+    accumulate: int = 1  # losses whose gradients make one step (4 in the released commands)
+    lr: float | None = None  # learning rate; none: 3e-4 where layers are frozen, else 1e-5
+    temperature: float | None = None  # of the scores; none: 1, for cosines by the loss
+    label_temperature: float | None = None  # of the grades; none: 1, for cosines by the loss
+    order: int = 1  # of wasserstein_1d: 1 or 2
+    axis: str = "grade"  # of wasserstein_1d: grade or gain
+    target: str = "all"  # who has target mass: all passages of the batch, or the query's own
+    ignore_between: bool = False  # infonce: leave out the grades between the positive and 0
+    average: float = 1.0  # share of the way from the start's weights to the trained ones
+    freeze: int | None = (
+        None  # embeddings and so many layers stay; none: all under a linear map, else nothing
+    )
+    warmup: float = 0.05  # share of the steps, then linear decay to 0
+    weight_decay: float = 0.01  # of AdamW
+    clip: float = 1.0  # largest gradient norm
+    chunk: int | None = None  # texts embedded at once; the backward pass computes them again
+    checkpoint_every: int = 50  # steps
+    device: str = "auto"  # auto, cpu, cuda, mps
+    dtype: str = "auto"  # number format of the transformer's sums; weights stay float32
+
+    def __post_init__(self) -> None:
+        """Refuse settings that have no meaning, in one sentence."""
+        self.loss = self.loss.replace("-", "_")
+        for name, allowed in CHOICES.items():
+            if (value := getattr(self, name)) not in allowed:
+                raise ValueError(f"{name}: expected {' or '.join(map(str, allowed))}, got {value!r}")
+        ranges = {name: (5e-324, math.inf, "above 0") for name in ABOVE_0.split()}
+        ranges |= {name: (0, math.inf, "of 0 or more") for name in ("seed", "weight_decay", "freeze")}
+        ranges |= {name: (0, 1, "from 0 to 1") for name in ("warmup", "average")}
+        for name, (low, high, words) in ranges.items():
+            value = getattr(self, name)
+            if value is not None and not (low <= value <= high and math.isfinite(value)):
+                raise ValueError(f"{name}: expected a number {words}, got {value!r}")
+        if self.recipe == "real" and (self.lists or not self.real):
+            raise ValueError("recipe real: expected --real and no --lists")
+        if self.target == "own" and self.loss == "infonce":
+            raise ValueError("target own: expected a loss with a target, got infonce")
+        if self.ignore_between and self.loss != "infonce":
+            raise ValueError(f"ignore_between: belongs to infonce, got {self.loss}")
+        pick_dtype(self.dtype)
+
+
+def filled(config: TrainConfig, encoder: BiEncoder, lists: int, ranks: int = 1) -> TrainConfig:
+    """The config with numbers for all that it leaves to the kind of encoder and the number of lists.
+
+    Raises ValueError if the batch does not fit the ranks.  If there are fewer lists than a batch has, the
+    batch is all of them, and stderr says so.
+    """
+    if config.batch_size % ranks or lists < ranks:
+        raise ValueError(f"batch_size: expected a multiple of {ranks} ranks, and so many lists, got {lists}")
+    size = min(config.batch_size, lists // ranks * ranks)
+    if size < config.batch_size:
+        print(f"only {lists} lists: a batch is {size} of them, not {config.batch_size}", file=sys.stderr)
+    temperature, label_temperature = COSINE[config.loss] if encoder.normalise else (1.0, 1.0)
+    defaults = {"temperature": temperature, "label_temperature": label_temperature}
+    defaults["lr"] = 3e-4 if encoder.frozen_whole or config.freeze else 1e-5
+    defaults["epochs"] = epochs = config.epochs or (5 if encoder.frozen_whole else 1)
+    defaults["steps"] = max(1, epochs * (lists // size) // config.accumulate)
+    values = {key: value for key, value in defaults.items() if getattr(config, key) is None}
+    return dataclasses.replace(config, batch_size=size, **values)
+
+
+def loss_function(config: TrainConfig) -> Callable[..., Tensor]:
+    """The loss that a filled config names, with its options bound: (scores, labels, mask=) -> scalar."""
+    if config.loss == "infonce":
+        return partial(
+            LOSSES["infonce"], temperature=config.temperature, ignore_between=config.ignore_between
+        )
+    line = {"order": config.order, "axis": config.axis} if config.loss == "wasserstein_1d" else {}
+    warmth = {"temperature": config.temperature, "label_temperature": config.label_temperature}
+    return partial(LOSSES[config.loss], **warmth, **line)
+
+
+def training_lists(config: TrainConfig) -> list[GradedList]:
+    """The lists that a config names, in the shape of its recipe, with the real passages it asks for."""
+    real = real_lists(config.real, config.negatives, config.seed) if config.real else []
+    if config.recipe == "real":
+        return real
+    lists = recipe(load_lists(config.lists or [AUTHORED], config.queries), config.recipe, config.seed)
+    return combine(lists, real) if real else lists
+
+
+def rank_and_ranks() -> tuple[int, int]:
+    """(this process's number, how many there are)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
 
 def batch_loss(
-    encoder: nn.Module,
-    batch: Batch,
-    tokens: TokenSource,
-    loss: Callable[..., Tensor],
-    chunk: int | None = None,
+    encoder: nn.Module, batch: Batch, loss: Callable[..., Tensor], own: bool = False, chunk: int | None = None
 ) -> Tensor:
     """Loss of one batch, computed by every rank on all of it, from embeddings that the ranks share out.
 
-    Rank r embeds lists r*B/W ... (r+1)*B/W - 1.  The gather's backward sums the W ranks' equal
-    gradients and DDP's mean divides by W, so the parameter gradients are those of one process.
+    Rank r embeds lists r*B/W ... (r+1)*B/W - 1.  The gather's backward sums the W ranks' equal gradients
+    and DDP's mean divides by W, so the parameters get the gradients of one process.  `own`: only a query's
+    own passages carry target mass.
     """
-    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    rows, k = batch.labels.shape
+    (rank, ranks), (rows, k) = rank_and_ranks(), batch.labels.shape
     mine = slice(rank * rows // ranks, (rank + 1) * rows // ranks)
     present = batch.mask[mine].flatten()  # padding is not embedded
-    texts = [text for text, real in zip(batch.passages[mine.start * k : mine.stop * k], present, strict=True) if real]
-    queries, found = encoder(tokens(batch.queries[mine], "query"), tokens(texts, "passage"), chunk=chunk)
+    texts = zip(batch.passages[mine.start * k : mine.stop * k], present.tolist(), strict=True)
+    queries, found = encoder(batch.queries[mine], [text for text, real in texts if real], chunk=chunk)
     passages = found.new_zeros(len(present), found.shape[1])  # (B*k / W, d)
     passages[present.to(found.device)] = found
     if ranks > 1:
         queries, passages = (torch.cat(dist_nn.all_gather(x.contiguous())) for x in (queries, passages))
-    # Autocast is for the transformer: bfloat16 scores would lose the third digit, times 20 at temperature 0.05.
+    # Autocast is for the transformer: bfloat16 scores would lose the third digit.
     with torch.autocast(queries.device.type, enabled=False):
         scores = queries.float() @ passages.float().T  # (B, B*k)
-        labels = losses.expand_labels(batch.labels).to(scores.device)
         mask = None if batch.mask.all() else batch.mask.flatten().to(scores.device)  # (B*k,)
-        return loss(scores, labels, mask=mask)
+        options = {"target_mask": expand_labels(batch.mask.float().to(scores.device)) > 0} if own else {}
+        return loss(scores, expand_labels(batch.labels.to(scores.device)), mask=mask, **options)
 
 
-def token_source(encoder: BiEncoder, lists: Sequence[GradedList], state_gb: float = 8.0) -> TokenSource:
-    """How the texts of the lists become tokens: tokenised on the fly, or looked up with what the frozen layers made of them."""
-    if not encoder.frozen:
-        return encoder.tokenise
-    bank = StateBank(encoder, cache_dir() / "pooled", state_gb)
-    bank.add([item.query for item in lists], "query")
-    bank.add([passage for item in lists for passage in item.passages], "passage")
-    return bank
-
-
-def learning_rate(step: int, steps: int, config_lr: float, warmup: float) -> float:
-    """Linear warm-up over the first `warmup` share of the steps, then linear decay to 0 (step counts from 0)."""
-    rise = max(1, math.ceil(warmup * steps))
-    return config_lr * min((step + 1) / rise, (steps - step) / max(1, steps - rise + 1))
-
-
-def start_encoder(config: TrainConfig, device: torch.device) -> BiEncoder:
-    """The encoder that a run starts from, with its projection if asked for and its frozen layers."""
-    encoder = BiEncoder.load(config.model, str(device), "float32")  # weights stay float32; dtype is autocast's
-    if config.projection and encoder.projection is None:
-        encoder.projection = nn.Parameter(torch.eye(encoder.model.config.hidden_size, device=device))
-    encoder.freeze(frozen_layers(config, encoder))
-    return encoder
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Linear warm-up over the first `warmup` share of the steps, then linear decay to 0; steps from 0."""
+    rise = max(1, math.ceil(config.warmup * config.steps))
+    return config.lr * min((step + 1) / rise, (config.steps - step) / max(1, config.steps - rise + 1))
 
 
 def fit(
-    model: nn.Module,
-    lists: Sequence[GradedList],
-    tokens: TokenSource,
-    config: TrainConfig,
-    chosen: dict[str, Any],
-    optimiser: torch.optim.Optimizer,
-    start: int = 0,
-) -> Iterator[dict[str, float]]:
-    """Train `model` in place from step `start` on; yields one row a step: step, epoch, loss, lr, grad_norm.
+    model: nn.Module, lists: Lists, config: TrainConfig, optimiser: AdamW, first: int = 0
+) -> Iterator[Row]:
+    """Train in place from step `first` on, with a filled config; yields step, epoch, loss, lr, grad_norm.
 
     An epoch is one pass in an order drawn from (seed, epoch); a last, smaller batch would be another
-    loss and is left out.  Raises TrainError if the loss is not a finite number.
+    loss and is left out.  Raises ValueError if the loss is not a finite number.
     """
-    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    trainable = [p for group in optimiser.param_groups for p in group["params"]]
+    rank, ranks = rank_and_ranks()
+    trainable = optimiser.param_groups[0]["params"]
     device = trainable[0].device
     autocast = pick_dtype(config.dtype, device)
-    loss = loss_function(config, chosen)
-    size, steps = chosen["batch_size"], chosen["steps"]
-    per_epoch = len(lists) // size
-    order: list[int] = []
-    for step in range(start, steps):
-        epoch, position = divmod(step, per_epoch)
-        if position == 0 or not order:
-            order = random.Random(f"{config.seed}/{epoch}").sample(range(len(lists)), len(lists))
-        batch = collate([lists[j] for j in order[position * size : (position + 1) * size]])
-        lr = learning_rate(step, steps, chosen["lr"], config.warmup)
-        for group in optimiser.param_groups:
-            group["lr"] = lr
-        torch.manual_seed((config.seed * steps + step) * ranks + rank)  # dropout's; nothing to save for a resume
-        with torch.autocast(device.type, autocast, enabled=autocast != torch.float32):
-            value = batch_loss(model, batch, tokens, loss, config.chunk)
-        value.backward()
-        norm = nn.utils.clip_grad_norm_(trainable, config.clip)
+    loss, size, order = loss_function(config), config.batch_size, []
+    for step in range(first, config.steps):
+        torch.manual_seed((config.seed * config.steps + step) * ranks + rank)  # dropout's: no state to save
+        row = {"step": step, "epoch": 0, "loss": 0.0, "lr": learning_rate(step, config)}
+        for part in range(config.accumulate):
+            row["epoch"], place = divmod(step * config.accumulate + part, len(lists) // size)
+            if place == 0 or not order:
+                order = random.Random(f"{config.seed}/{row['epoch']}").sample(range(len(lists)), len(lists))
+            batch = collate([lists[j] for j in order[place * size : (place + 1) * size]])
+            with torch.autocast(device.type, autocast, enabled=autocast != torch.float32):
+                value = batch_loss(model, batch, loss, config.target == "own", config.chunk)
+            (value / config.accumulate).backward()
+            row["loss"] += value.item() / config.accumulate
+        if not math.isfinite(row["loss"]):
+            raise ValueError(f"step {step}: the loss is {row['loss']}; lower --lr or raise --temperature")
+        optimiser.param_groups[0]["lr"] = row["lr"]
+        row["grad_norm"] = nn.utils.clip_grad_norm_(trainable, config.clip).item()
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
-        row = {"step": step, "epoch": epoch, "loss": value.item(), "lr": lr, "grad_norm": norm.item()}
-        if not math.isfinite(row["loss"]):
-            raise TrainError(f"step {step}: the loss is {row['loss']}; lower --lr or raise --temperature")
         yield row
 
 
-def make_optimiser(encoder: BiEncoder, config: TrainConfig, lr: float) -> torch.optim.AdamW:
-    """AdamW over what is not frozen."""
-    return torch.optim.AdamW([p for p in encoder.parameters() if p.requires_grad], lr=lr, weight_decay=config.weight_decay)
+def train_encoder(
+    encoder: BiEncoder, lists: Lists, config: TrainConfig, work: Path | None = None, progress: bool = False
+) -> tuple[TrainConfig, list[Row], float]:
+    """Train an encoder in place: (filled config, one row a step, minutes).
 
-
-def train(
-    config: TrainConfig,
-    lists: list[GradedList] | None = None,
-    tokens: TokenSource | None = None,
-    progress: bool = True,
-) -> dict[str, Any]:
-    """Train as the config says and write the model to `config.out`; returns what train.json holds.
-
-    `lists` replaces the ones that the config names, and `tokens` hands in the frozen layers' states
-    (a `token_source` of the same start and freeze), so that several runs can share them.  A finished
-    run with the same settings is not repeated; an unfinished one is resumed from its last checkpoint
-    and ends with the same weights as one that was never stopped.  Raises TrainError, RunError or
-    DataError (all ValueErrors) before anything is written if the settings do not fit.
+    With a folder `work`, a checkpoint is kept there, and training goes on from the one that is there.
+    Raises ValueError if a trained weight is not a finite number.
     """
-    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    lists = training_lists(config) if lists is None else lists
-    out, work = Path(config.out), Path(f"{config.out}.partial")
-    record = identity(asdict(config), lists)
-    if is_finished(out, record):
-        print(f"{out}: finished already with these settings, nothing to do", file=sys.stderr)
-        return json.loads((out / "train.json").read_text(encoding="utf-8"))
-    if config.batch_size < 1 or config.batch_size % ranks or len(lists) < ranks:
-        raise TrainError(
-            f"batch_size: expected a multiple of the {ranks} ranks, at least 1, and as many lists as ranks, "
-            f"got {config.batch_size} and {len(lists)} lists"
-        )
-    device = pick_device(config.device)
-    encoder = start_encoder(config, device)
-    chosen = record["chosen"] = chosen_settings(config, encoder, len(lists), ranks)
-    if chosen["batch_size"] < config.batch_size:
-        print(f"only {len(lists)} lists: a batch is {chosen['batch_size']} of them, not {config.batch_size}", file=sys.stderr)
-    tokens = tokens or token_source(encoder, lists, config.state_gb)
-    encoder.train()
-    model = nn.parallel.DistributedDataParallel(encoder) if ranks > 1 else encoder
-    optimiser = make_optimiser(encoder, config, chosen["lr"])
-    trainable, steps = optimiser.param_groups[0]["params"], chosen["steps"]
-    start, seconds = resume(work, record, trainable, optimiser) if work.exists() else (0, 0.0)
+    rank, ranks = rank_and_ranks()
+    whole = encoder.model.config.num_hidden_layers if encoder.projection is not None else None
+    encoder.freeze(whole if config.freeze is None else config.freeze)
+    config, shown = filled(config, encoder, len(lists), ranks), progress and rank == 0
+    if encoder.frozen_whole:  # all vectors at once, which a step then looks up
+        encoder.mean_vectors([item.query for item in lists], "query", progress=shown)
+        encoder.mean_vectors([text for item in lists for text in item.passages], "passage", progress=shown)
+    trainable = [p for p in encoder.parameters() if p.requires_grad]
+    begun = [p.detach().clone() for p in trainable]
+    optimiser = AdamW(trainable, lr=config.lr, weight_decay=config.weight_decay)
+    model = DistributedDataParallel(encoder, find_unused_parameters=True) if ranks > 1 else encoder
+    rows, seconds = load_state(work, optimiser) if work else ([], 0.0)
     if ranks > 1:
         dist.barrier()  # every rank has looked before the first one writes
-    if rank == 0:
-        work.mkdir(parents=True, exist_ok=True)
-        write_json(work / "settings.json", record)  # first, so that whatever lies here is known as this run's
-        trim_log(work, start)
     began = time.monotonic() - seconds
-    bar = tqdm(total=steps, initial=start, desc=f"train {config.loss}", unit="step", disable=not progress or rank > 0)
-    with bar, open(work / "log.jsonl" if rank == 0 else os.devnull, "a", encoding="utf-8") as log:
-        for row in fit(model, lists, tokens, config, chosen, optimiser, start):
-            log.write(json.dumps(row) + "\n")
+    encoder.train()
+    options = {"total": config.steps, "initial": len(rows), "unit": "step", "disable": not shown}
+    with tqdm(desc=f"train {config.loss}", **options) as bar:
+        for row in fit(model, lists, config, optimiser, len(rows)):
+            rows.append(row)
             bar.set_postfix_str(f"loss {row['loss']:.4f}", refresh=False)
             bar.update()
-            done = row["step"] + 1
-            if rank == 0 and done % config.checkpoint_every == 0 and done < steps:
-                log.flush()
-                save_checkpoint(work, done, time.monotonic() - began, trainable, optimiser)
-    record |= {"steps": steps, "minutes": (time.monotonic() - began) / 60, "machine": machine(device)}
-    if rank == 0:
-        encoder.save(work / "model")
-        (work / "log.jsonl").rename(work / "model" / "log.jsonl")
-        write_json(work / "model" / "train.json", record)
-        if out.exists():
-            out.rmdir()  # an empty folder, as is_finished has checked
-        (work / "model").rename(out)
-        shutil.rmtree(work)
+            if work and rank == 0 and len(rows) % config.checkpoint_every == 0 and len(rows) < config.steps:
+                save_state(work, rows, time.monotonic() - began, optimiser)
+    with torch.no_grad():
+        for now, then in zip(trainable, begun, strict=True):
+            if not torch.isfinite(now).all():
+                raise ValueError("a trained weight is not a finite number; lower --lr")
+            if config.average != 1:
+                now.copy_(torch.lerp(then, now, config.average))
+    encoder.eval()
+    return config, rows, (time.monotonic() - began) / 60
+
+
+def save_state(work: Path, rows: list[Row], seconds: float, optimiser: AdamW) -> None:
+    """Weights, AdamW's moments and the log so far, in one safetensors file that is replaced whole."""
+    tensors = {}
+    for n, parameter in enumerate(optimiser.param_groups[0]["params"]):
+        state = {"weight": parameter.detach(), **optimiser.state[parameter]}
+        tensors |= {f"{key}.{n}": value.cpu().contiguous() for key, value in state.items()}
+    save_file(tensors, work / "state.tmp", metadata={"rows": json.dumps(rows), "seconds": str(seconds)})
+    os.replace(work / "state.tmp", work / "state.safetensors")
+
+
+def load_state(work: Path, optimiser: AdamW) -> tuple[list[Row], float]:
+    """Put the last `save_state` back: (log so far, seconds spent), ([], 0.0) if there is none."""
+    if not (work / "state.safetensors").exists():
+        return [], 0.0
+    trainable = optimiser.param_groups[0]["params"]
+    with safe_open(work / "state.safetensors", "pt") as file, torch.no_grad():
+        for n, parameter in enumerate(trainable):
+            parameter.copy_(file.get_tensor(f"weight.{n}"))
+        keys = ("step", "exp_avg", "exp_avg_sq")
+        state = {n: {key: file.get_tensor(f"{key}.{n}") for key in keys} for n in range(len(trainable))}
+        optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+        return json.loads(file.metadata()["rows"]), float(file.metadata()["seconds"])
+
+
+def train(config: TrainConfig, lists: Lists | None = None, progress: bool = True) -> dict[str, Any]:
+    """Train as the config says and write the model to `config.out`; returns what train.json holds.
+
+    `lists` replaces the ones that the config names.  A finished run with the same settings is not repeated;
+    an unfinished one goes on from its last checkpoint and ends with the same weights as one that was never
+    stopped.  Raises ValueError before anything is written if settings, lists or folder do not fit.
+    """
+    rank, ranks = rank_and_ranks()
+    out = Path(os.path.abspath(Path(config.out).expanduser()))
+    work = out.with_name(f"{out.name}.partial")
+    device = pick_device(config.device)
+    if not (out / "train.json").exists():
+        check_new_folder(out)
+    lists = training_lists(config) if lists is None else lists
+    content = json.dumps([[item.id, item.query, item.passages, item.grades] for item in lists])
+    settings = dataclasses.asdict(config)
+    for key in ("out", "device", "checkpoint_every"):  # a run may move to another place
+        del settings[key]
+    record: dict[str, Any] = {"settings": settings, "queries": len(lists)}
+    record["lists_sha256"] = hashlib.sha256(content.encode()).hexdigest()
+    if (out / "train.json").exists():
+        found = same_run(out / "train.json", record)
+        print(f"{out}: finished already with these settings, nothing to do", file=sys.stderr)
+        return found
+    with locked(out) if rank == 0 else nullcontext():
+        if work.exists() and any(work.iterdir()):
+            same_run(work / "settings.json", record)
+        encoder = BiEncoder.load(config.model, str(device), "float32")
+        if rank == 0:
+            work.mkdir(parents=True, exist_ok=True)
+            write_json(work / "settings.json", record)  # first, so that what lies here is known as this run's
+        config, rows, minutes = train_encoder(encoder, lists, config, work, progress)
+        chosen = {key: value for key, value in vars(config).items() if settings.get(key, value) != value}
+        record |= {"chosen": chosen, "steps": len(rows), "minutes": minutes, "ranks": ranks}
+        record["machine"] = machine(device, pick_dtype(config.dtype, device))
+        if rank == 0:
+            shutil.rmtree(work / "model", ignore_errors=True)  # of a save that did not end
+            encoder.save(work / "model")
+            with writing(work / "model" / "log.jsonl") as sink:
+                sink.writelines(json.dumps(row) + "\n" for row in rows)
+            write_json(work / "model" / "train.json", record)
+            if out.exists():
+                out.rmdir()  # an empty folder, as checked above
+            (work / "model").rename(out)
+            shutil.rmtree(work)
     return record
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line: one option a field of TrainConfig."""
-    parser = argparse.ArgumentParser(prog="python -m repro.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    defaults = TrainConfig()
-    kinds: dict[str, type] = dict.fromkeys(("passages", "freeze", "chunk", "steps", "epochs"), int)
-    kinds |= dict.fromkeys(("lr", "temperature", "label_temperature"), float)
-    for field in fields(TrainConfig):
-        flag, default = f"--{field.name.replace('_', '-')}", getattr(defaults, field.name)
-        if field.name == "lists":
-            parser.add_argument(flag, nargs="+", default=default, metavar="FILE", help="cache files, .jsonl lists, or BEIR folders")
-        elif field.name == "loss":
-            parser.add_argument(flag, choices=LOSSES, default=default, type=lambda name: name.replace("-", "_"))
-        elif isinstance(default, bool):
-            parser.add_argument(flag, action="store_true")
-        else:
-            kind = type(default) if default is not None else kinds.get(field.name, str)
-            parser.add_argument(flag, type=kind, default=default, help=f"default: {default}")
-    config = TrainConfig(**vars(parser.parse_args(argv)))
-    distributed = "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1
-    if distributed:
-        on_cuda = config.device in ("auto", "cuda") and torch.cuda.is_available()
-        if on_cuda:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if on_cuda else "gloo")
-    try:
-        record = train(config)
-        if distributed and dist.get_rank() > 0:
-            return 0
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    finally:
-        if distributed:
-            dist.destroy_process_group()
-    print(f"{config.out}: {record['steps']} steps on {record['queries']} lists in {record['minutes']:.1f} minutes")
-    return 0
+    """Command line: one option a field of TrainConfig; under torchrun one process a rank."""
+
+    def work() -> None:
+        parser = HfArgumentParser(TrainConfig, prog="python -m repro.train", description=__doc__)
+        notes = dict(re.findall(r"(\w+): .* = .*?  # (.+)", inspect.getsource(TrainConfig)))
+        for action in parser._actions:
+            action.help = notes.get(action.dest, action.help)
+        (config,) = parser.parse_args_into_dataclasses(argv)
+        several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+        if several:
+            on_cuda = config.device in ("auto", "cuda") and torch.cuda.is_available()
+            if on_cuda:
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            dist.init_process_group("nccl" if on_cuda else "gloo")
+        try:
+            done = train(config)
+            if rank_and_ranks()[0] == 0:
+                spent = f"{done['steps']} steps on {done['queries']} lists in {done['minutes']:.1f} minutes"
+                print(f"{config.out}: {spent}")
+        finally:
+            if several:
+                dist.destroy_process_group()
+
+    return ending(work)
 
 
 if __name__ == "__main__":

@@ -1,138 +1,196 @@
-"""The verdict rule on made-up records, and the plots' numbers."""
+"""Paired statistics against brute force and scipy, the rule, the records, and the page made from them."""
 
-import matplotlib
+import gzip
+import itertools
+import json
+import re
+from pathlib import Path
+from statistics import fmean, stdev
+
+import numpy as np
 import pytest
+from scipy import stats
 
-matplotlib.use("Agg")
+from repro.experiment import claims, report
+from repro.experiment.claims import compare, judge, read_runs, write_runs
 
-from repro import plots  # noqa: E402
-from repro.claims import BASE, CLAIMS, INFO, collections_of, differences, judge, per_query, verdict  # noqa: E402
-from repro.stats import Comparison  # noqa: E402
-
-
-def found(*rows: tuple[float, float, float, float]) -> dict:
-    """{collection: (comparison, p)} from (difference, low, high, p) rows."""
-    return {f"c{n}": (Comparison(40, 0.3, 0.3 + d, d, low, high, p), p) for n, (d, low, high, p) in enumerate(rows)}
+PLACE = {"commit": "c0ffee", "machine": {"device": "cpu", "cores": 2}, "dtype": "float32"}
+SIZES = {"cranfield": 30, "sample": 10, "scifact": 25, "wikiqa": 40}
 
 
-BETTER, WORSE, FLAT, OPEN = (0.05, 0.02, 0.08, 0.001), (-0.05, -0.08, -0.02, 0.001), (0.0, -0.01, 0.01, 0.9), (0.02, -0.02, 0.06, 0.3)
+def rows(values) -> dict[str, float]:
+    return {f"q{n:03}": float(value) for n, value in enumerate(values)}
 
 
-@pytest.mark.parametrize(
-    "rows, expected",
-    [
-        ([BETTER, BETTER, OPEN], "holds"),
-        ([BETTER, OPEN], "holds"),
-        ([BETTER, OPEN, OPEN], "undecided here"),
-        ([BETTER, WORSE, BETTER], "mixed"),
-        ([WORSE, OPEN, OPEN], "does not hold"),
-        ([FLAT, FLAT], "does not hold"),
-        ([FLAT, OPEN], "undecided here"),
-        ([], "not measured"),
-    ],
-)
-def test_verdict_rule(rows: list, expected: str) -> None:
-    assert verdict(found(*rows)) == expected
+def made(group: str, arm: str, seed: int | None, gain: float, start: str | None = "base", **settings) -> dict:
+    """A run on queries of unlike difficulty, `gain` above it, with a little noise of its own."""
+    rng, scores, found = np.random.default_rng([*map(ord, f"{arm}{seed}")]), {}, {}
+    for name, size in SIZES.items():
+        hard = np.random.default_rng(size).uniform(0.2, 0.7, size)
+        scores[name] = rows((hard + gain + rng.normal(0, 0.02, size)).round(5))
+        metrics = {"ndcg@10": round(fmean(scores[name].values()), 5), "mrr@10": 0.5, "recall@100": 0.75}
+        found[name] = {"metrics": metrics, "passages": 9 * size, "queries": size, **PLACE}
+    run = {"group": group, "arm": arm, "seed": seed, "start": start, "settings": settings, "trained": PLACE}
+    return {**run, "development": 0.61, "minutes": 0.25, "collections": found, "per_query": scores}
 
 
-def test_the_sample_has_no_vote() -> None:
-    rows = found(OPEN, OPEN, OPEN)
-    rows["sample"] = found(BETTER)["c0"]
-    assert verdict(rows) == "undecided here"
-    assert verdict({"sample": rows["sample"]}) == "not measured"
+@pytest.fixture
+def runs() -> list[dict]:
+    gains = {"InfoNCE": 0, "1-D W": 0.06, "InfoNCE, real": 0.1, "1-D W, 2 grades": 0.06, "KL": 0.03}
+    own = [made("main", arm, s, gain, label_temperature=0.3) for arm, gain in gains.items() for s in range(3)]
+    group = "label temperature"
+    own += [made(group, f"1-D W, {group} 0.5", seed, 0.02, label_temperature=0.5) for seed in (0, 1)]
+    return [made("references", "BM25", None, 0.1, None), made("references", "start", None, -0.05), *own]
 
 
-def record(group: str, arm: str, seed: int | None, **collections: list[float]) -> dict:
-    content = {name: {"per_query": {f"q{n}": [0.0, value] for n, value in enumerate(values)}} for name, values in collections.items()}
-    return {"group": group, "arm": arm, "seed": seed, "measures": ["mrr@10", "ndcg@10"], "collections": content}
+@pytest.mark.parametrize("sizes", [(3,), (4, 6), (2, 3, 5)])
+def test_p_is_that_of_all_sign_patterns(sizes: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(sum(sizes))
+    found = [rng.integers(-3, 5, size) / 10 for size in sizes]
+    weighted = np.concatenate([d / len(d) / len(found) for d in found])
+    patterns = np.array(list(itertools.product((1, -1), repeat=len(weighted)))) @ weighted
+    ours = compare({f"c{n}": rows(d) for n, d in enumerate(found)})
+    assert ours.p == pytest.approx(np.mean(abs(patterns) >= abs(weighted.sum()) - 1e-12), abs=0.02)
+    assert ours.difference == pytest.approx(fmean(d.mean() for d in found)) and ours.queries == sum(sizes)
 
 
-def test_seeds_are_averaged_and_p_is_corrected_over_the_claims_own_collections() -> None:
-    low, high = [0.1 * (n % 3) for n in range(30)], [0.1 * (n % 3) + 0.2 + 0.01 * (n % 5) for n in range(30)]
-    records = [
-        record(*INFO, 0, wikiqa=low, scifact=low, sample=low),
-        record("main", "1-D W", 0, wikiqa=low, scifact=high, sample=high),
-        record("main", "1-D W", 1, wikiqa=high, scifact=high, sample=high),
-        record("main", "InfoNCE, real", 0, wikiqa=high, scifact=low),
-    ]
-    assert collections_of(records) == ["wikiqa", "sample", "scifact"]
-    assert per_query(records, ("main", "1-D W"), "wikiqa")["q4"] == pytest.approx((low[4] + high[4]) / 2)
-    assert per_query(records, BASE, "wikiqa") is None
-    both = differences(records, ("main", "1-D W"), INFO, ["wikiqa", "scifact"])
-    alone = differences(records, ("main", "1-D W"), INFO, ["scifact"])
-    assert both["scifact"][1] == pytest.approx(2 * alone["scifact"][1], rel=1e-6) and both["wikiqa"][0].difference == pytest.approx(0.11, abs=1e-9)
-    judged = {claim.text: (names, result) for claim, names, result in judge(records)}
-    names, result = judged[CLAIMS[0].text]
-    assert list(names) == ["wikiqa", "sample", "scifact"] and result == "holds"
-    shift = next(claim for claim in CLAIMS if claim.shift_only)
-    names, result = judged[shift.text]
-    assert list(names) == ["scifact"] and result == "holds"
-    assert judged[CLAIMS[3].text] == ({}, "not measured")
+def test_one_collection_is_the_plain_paired_test() -> None:
+    d = np.random.default_rng(3).normal(0.05, 0.2, 60)
+    ours, turned = compare({"c": rows(d)}), compare({"c": dict(reversed(rows(-d).items()))})
+    plain = stats.permutation_test((d,), np.mean, permutation_type="samples", random_state=0)
+    bounds = stats.bootstrap((d,), np.mean, method="percentile", random_state=0).confidence_interval
+    assert ours.p == pytest.approx(plain.pvalue, abs=0.015)
+    assert (ours.low, ours.high) == pytest.approx(tuple(bounds), abs=0.004)
+    assert turned == pytest.approx((-ours.difference, -ours.high, -ours.low, ours.p, 60))
 
 
-def test_every_claim_compares_arms_that_exist() -> None:
-    from repro.arms import ABLATIONS, MAIN
-    from repro.experiments import REFERENCES
-
-    known = {("main", arm.name) for arm in MAIN} | {("references", name) for name in REFERENCES}
-    known |= {(group, arm.name) for group, members in ABLATIONS.items() for arm in members}
-    assert {side for claim in CLAIMS for side in (claim.better, claim.than)} <= known
-    assert {claim.claim for claim in CLAIMS} == {"C1", "C2", "C3", "C4", "C5"}
-
-
-def test_figures_have_titles_labels_and_the_numbers_given() -> None:
-    target = plots.target_figure({"a": [0.6, 0.4], "b": [0.5, 0.3]}, [1, 0])
-    assert sorted(bar.get_height() for bar in target.axes[0].patches) == [0.3, 0.4, 0.5, 0.6]
-    curve = plots.loss_figure({"a": [4.0, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0], "short": [1.0, 0.5]}, window=5)
-    assert curve.axes[0].lines[0].get_ydata()[0] == 1 and curve.axes[0].lines[0].get_ydata()[-1] < 0.7
-    arms = plots.arms_figure({"x": {"q1": 0.2, "q2": 0.4}, "y": {"q1": 0.5, "q2": 0.5}}, "tiny", reference="x")
-    assert [bar.get_width() for bar in arms.axes[0].patches] == pytest.approx([0.5, 0.3])
-    forest = plots.effects_figure({"C1": {"c": (0.1, 0.0, 0.2), "d": (-0.1, -0.3, 0.1)}, "C2": {"c": (0.3, 0.2, 0.4)}})
-    assert sorted(bar[0].get_xdata()[0] for bar in forest.axes[0].containers) == pytest.approx([-0.1, 0.1, 0.3])
-    lines = plots.lines_figure({"a": {"d": {1.0: 0.2, 2.0: 0.4}}, "b": {"d": {1.0: 0.3}}}, "queries (count)", "curve", reference={"d": 0.1})
-    assert list(lines.axes[0].lines[0].get_ydata()) == [0.2, 0.4]
-    for figure in (target, curve, arms, forest, lines):
-        axis = figure.axes[0]
-        assert axis.get_title() or figure.get_suptitle()
-        assert axis.get_xlabel()
-        assert axis.get_ylabel() or figure in (arms, forest)  # whose y axes carry names
-        matplotlib.pyplot.close(figure)
+def test_collections_weigh_the_same_ties_are_ties_and_bad_input_is_refused() -> None:
+    apart = compare({"small": rows([0.3, 0.3]), "large": rows([0.1] * 50)})
+    assert apart[:3] == pytest.approx((0.2, 0.2, 0.2))  # drawing across collections would move the mean
+    assert compare({"c": rows([0.1 + 0.2 - 0.3, 0, 0])}).p == 1.0  # rounding is no difference
+    assert compare({name: rows([0.1, 0.1]) for name in "abc"}).p == pytest.approx(2 / 2**6, abs=0.006)
+    assert compare({"c": rows([0.25] * 20)}) == (0.25, 0.25, 0.25, 1 / 10_001, 20)
+    for bad in ({}, {"c": {}}, {"c": {"q": 0.1}}, {"c": rows([0.1, float("nan")])}):
+        with pytest.raises(ValueError, match="2 or more finite"):
+            compare(bad)
 
 
-def test_curves_average_the_seeds_of_one_setting() -> None:
-    from repro.report import curves
+def test_a_null_is_rejected_at_its_rate_and_a_planted_effect_found() -> None:
+    rng, null, planted = np.random.default_rng(4), [], []
+    for n in range(200):
+        noise = {"a": rng.normal(0, 0.2, 15), "b": rng.normal(0, 0.2, 40)}
+        null.append(compare({name: rows(d) for name, d in noise.items()}, n, 400))
+        planted.append(compare({name: rows(d + 0.15) for name, d in noise.items()}, n, 400))
+    assert 0.01 <= np.mean([one.p <= 0.05 for one in null]) <= 0.1
+    assert np.mean([one.p <= 0.05 for one in planted]) > 0.9
+    assert 0.87 <= np.mean([one.low <= 0.15 <= one.high for one in planted]) <= 0.99
 
-    runs = [(0, 4, 0.2), (1, 4, 0.4), (0, 16, 0.5)]
-    records = [
-        {"group": "batch", "arm": f"1-D W, {b} lists a batch", "seed": s, "training": {"batch_size": b}, "collections": {"wikiqa": {"metrics": {"ndcg@10": v}}}}
-        for s, b, v in runs
-    ]
-    assert curves(records, "batch", "batch_size") == {"1-D W": {"wikiqa": {4: pytest.approx(0.3), 16: 0.5}}}
-    assert curves(records, "levels", "batch_size") == {}
+
+def test_holm_by_hand() -> None:
+    # sorted: .005 * 4, .01 * 3, .03 * 2, .04 * 1 = .02, .03, .06, .04, and .04 is raised to .06
+    found = claims.holm({"c": 0.03, "a": 0.01, "d": 0.005, "b": 0.04})
+    assert found == pytest.approx({"c": 0.06, "a": 0.03, "d": 0.02, "b": 0.06}) and [*found] == [*"cadb"]
+    assert claims.holm({"x": 0.5, "y": 0.9}) == {"x": 1.0, "y": 1.0}
 
 
-def test_committed_records_are_complete_and_the_readme_shows_them() -> None:
-    """Every arm of every group has its seeds, holds no text, and README's block is what `repro.report` writes today."""
-    from pathlib import Path
+def test_rule() -> None:
+    cases = {(0.05, 0.08, 0.05): "holds", (0.005, 0.008, 0.01): "holds", (0.05, 0.08, 0.051): "undecided"}
+    cases |= {(-0.01, 0.012, 0.05): "does not hold", (-0.01, 0.012, 0.051): "undecided"}
+    cases |= {(0.0, 0.0099, 0.9): "does not hold", (0.0, 0.01, 0.9): "undecided"}
+    for (difference, high, p), expected in cases.items():
+        assert claims.verdict(claims.Comparison(difference, -1, high, 0.5, 9), p) == expected
 
-    from repro import report
-    from repro.arms import ABLATIONS, MAIN, SEEDS
-    from repro.recipe import COSINE, TrainConfig
 
-    records = report.read_records(report.RESULTS)
-    runs = {(r["group"], r["arm"], r["seed"]) for r in records}
-    for group, arms in {"main": MAIN, **ABLATIONS}.items():
-        assert runs >= {(group, arm.name, seed) for arm in arms for seed in range(SEEDS.get(group, 3))}, group
-    tuning = report.read_tuning(report.RESULTS)
-    for arm in MAIN[:4]:  # the defaults of repro.train are said to be these
-        best, loss = tuning[arm.name]["best"], COSINE[arm.loss]
-        assert loss[0] == best["temperature"] and loss[1] == best.get("label_temperature", 1.0), arm.name
-    assert (TrainConfig.order, TrainConfig.axis) == (tuning["1-D W"]["best"]["order"], tuning["1-D W"]["best"]["axis"])
-    for record in records:
-        per_query = [values for found in record["collections"].values() for values in found["per_query"].values()]
-        assert per_query and all(len(values) == len(record["measures"]) and all(0 <= v <= 1 for v in values) for values in per_query)
-        if record["group"] == "main":
-            assert tuning[record["arm"]]["best"].items() <= record["training"].items()
-    readme = (Path(report.__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    shown = readme.split(report.BEGIN)[1].split(report.END)[0]
-    assert shown.strip() == report.report(records, tuning).strip()
+def test_claims_are_judged_on_voting_collections_with_seeds_averaged(runs: list[dict]) -> None:
+    found = {row.claim: row for row in judge(runs, "base")}
+    verdicts = ["holds", "holds", "does not hold", "not measured", "does not hold"]
+    assert [row.verdict for row in found.values()] == verdicts
+    assert [*found["C1"].collections] == ["cranfield", "scifact", "wikiqa"]
+    assert [*found["C3"].collections] == ["cranfield", "scifact"] and found["C4"].comparison is None
+    assert found["C1"].p == pytest.approx(5 * found["C1"].comparison.p)  # C4 stays in the family
+    sides = [[r["per_query"]["wikiqa"]["q007"] for r in runs if r["arm"] == a] for a in ("1-D W", "InfoNCE")]
+    paired = claims.differences(runs, "base", "1-D W", "InfoNCE")
+    assert paired["wikiqa"]["q007"] == pytest.approx(fmean(sides[0]) - fmean(sides[1]))
+    del next(r for r in runs if r["arm"] == "1-D W")["per_query"]["wikiqa"]["q007"]
+    with pytest.raises(ValueError, match="wikiqa: the runs of 1-D W and InfoNCE did not answer the same"):
+        judge(runs, "base")
+    assert {row.verdict for row in judge(runs, "no such start")} == {"not measured"}
+
+
+def test_records_round_trip_and_same_records_give_same_bytes(runs: list[dict], tmp_path: Path) -> None:
+    def turn(value):
+        return {k: turn(v) for k, v in reversed(value.items())} if isinstance(value, dict) else value
+
+    write_runs(tmp_path / "a", runs)
+    write_runs(tmp_path / "b", [turn(run) for run in reversed(read_runs(tmp_path / "a"))])
+    files = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in "ab"]
+    assert files[0] == files[1] and sorted(files[0]) == ["per_query.csv.gz", "runs.jsonl"]
+    table = gzip.decompress(files[0]["per_query.csv.gz"]).decode()
+    assert files[0]["per_query.csv.gz"][4:8] == bytes(4)  # no time of writing
+    assert table.startswith(f"{claims.HEADER}\n,BM25,,cranfield,q000,")
+    back = read_runs(tmp_path / "a")
+    assert len(back) == len(runs) and all(run in back for run in runs)
+    write_runs(tmp_path / "b", [*runs, made("main", "KL", 9, 0.1)])  # killed after the first of two files:
+    (tmp_path / "b" / "runs.jsonl").write_bytes(files[0]["runs.jsonl"])
+    assert read_runs(tmp_path / "b") == back and read_runs(tmp_path) == []
+
+
+BROKEN = [  # file, what to replace, by what, the place that the message names
+    ("runs.jsonl", '"arm": "KL"', '"arms": "KL"', "runs.jsonl:16: .*KeyError: 'arm'"),
+    ("runs.jsonl", '"seed": 1', '"seed": 0', "runs.jsonl:3: .*same start, arm and seed"),
+    ("runs.jsonl", '"ndcg@10": 0.', '"ndcg@10": 1.', "runs.jsonl:1, cranfield: .*count or mean"),
+    ("runs.jsonl", '"queries": 30', '"queries": 31', "runs.jsonl:1, cranfield: .*count or mean"),
+    ("per_query.csv.gz", "q007,0.", "q007,x.", "per_query.csv.gz:9: .*'x."),
+    ("per_query.csv.gz", ",BM25,,cranfield,q007", ",BM25,,cranfeld,q007", "runs.jsonl:1, cranfield"),
+    ("per_query.csv.gz", ",BM25,,cranfield,q007", "BM25", "per_query.csv.gz:9: "),
+]
+
+
+@pytest.mark.parametrize("name, old, new, message", BROKEN)
+def test_bad_records_are_named(runs, tmp_path, capsys, name: str, old: str, new: str, message: str) -> None:
+    write_runs(tmp_path, runs)
+    unpack, pack = (gzip.decompress, gzip.compress) if name.endswith("gz") else (bytes, bytes)
+    text = unpack((tmp_path / name).read_bytes()).decode().replace(old, new, 1)
+    (tmp_path / name).write_bytes(pack(text.encode()))
+    assert report.main(["--results", str(tmp_path)]) == 2 and not (tmp_path / "README.md").exists()
+    error = capsys.readouterr().err
+    assert new in text and re.search(message, error) and error.count("\n") == 1, error
+
+
+def test_page_shows_the_records_and_nothing_else(runs: list[dict], tmp_path: Path, capsys) -> None:
+    command = ["--results", str(tmp_path)]
+    assert report.main(command) == 2 and "no record of a run" in capsys.readouterr().err
+    write_runs(tmp_path, runs)
+    best, values = {"lr": 8e-4, "label_temperature": 0.3, "order": 2}, [0.401, 0.433, 0.452]
+    tuning = {"best": best, "start": 0.397, "trials": [{**best, "ndcg@10": value} for value in values]}
+    claims.write_tuning(tmp_path, {"base": {"1-D W": tuning}})
+    bench = {"machine": {"device": "cpu"}, "rows": [{"what": "loss", "ratio": 3.125}]}
+    (tmp_path / "bench.json").write_text(json.dumps(bench))
+    assert [report.main([*command, *more]) for more in (["--check"], [], ["--check"])] == [1, 0, 0]
+    page = (tmp_path / "README.md").read_text(encoding="utf-8")
+    known = [*values, 0.397, 3.125, 0.5, 0.75, 0.0]
+    for arm in {run["arm"] for run in runs}:
+        found = [run["collections"] for run in runs if run["arm"] == arm]
+        means = [[row[name]["metrics"]["ndcg@10"] for name in SIZES] for row in found]
+        means = [[*row, fmean([row[0], *row[2:]])] for row in means]  # without the sample
+        known += [f(column) for column in zip(*means, strict=True) for f in (fmean, stdev)[: len(found)]]
+    for row in (*judge(runs, "base"), *judge(runs, "base", report.SECONDARY)):
+        known += [x for one in (row.comparison, *row.collections.values()) if one for x in (row.p, *one[:4])]
+    shown = re.findall(r"\d*\.\d{3,}", page.replace("lr 0.0008", ""))
+    texts = {f"{abs(number):.3f}".lstrip("0") for number in known} | {".001"}
+    assert len(shown) > 200 and {text.lstrip("0") for text in shown} <= texts
+    assert "| label_temperature 0.3, lr 0.0008 (edge), order 2 |" in page and "-0.000" not in page
+    assert re.search(
+        r"\| C1 \|.*\| < \.001 \| \*\*holds\*\* \|.*\n(.*\n)*\| C5 \|.*\| 1\.000 \| \*\*does", page
+    )
+    (tmp_path / "README.md").write_text("# a page of somebody else's")
+    assert report.main(command) == 2
+
+
+def test_curve_has_the_main_arm_as_a_point(runs: list[dict]) -> None:
+    line = report.curve(runs, "base", "label temperature", "label_temperature")
+    assert {arm: [*map(len, points.values())] for arm, points in line.items()} == {"1-D W": [3, 2]}
+    found = next(run["collections"] for run in runs if run["arm"] == "1-D W" and run["seed"] == 1)
+    votes = [found[name]["metrics"]["ndcg@10"] for name in SIZES if name != "sample"]
+    assert line["1-D W"][0.3][1] == pytest.approx(fmean(votes))
+    assert (report._number(-0.0001, "+"), report._p(0.0009), report._p(0.05)) == ("0.000", "< .001", ".050")

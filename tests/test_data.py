@@ -1,157 +1,250 @@
-"""Collections: the BEIR layout, plain, gzipped and from a (local) hub data set; every bad row is named."""
+"""Collections, graded lists and their recipes; every bad row is named."""
 
 import gzip
 import json
-import os
-import warnings
 from pathlib import Path
 
+import datasets
 import pytest
+import torch
 
-from repro.data import DataError, _hub_rows, load_beir, read_corpus, read_qrels, read_queries
-from repro.files import read_jsonl
+from repro import data
+from repro.data import GradedList, as_collection, collate, combine, load_beir, load_lists, real_lists, recipe
+from repro.files import as_grade, read_jsonl
 
-CORPUS = [
-    {"_id": "p1", "title": "Moon", "text": "The moon raises the tides."},
-    {"_id": "p2", "title": "", "text": "Rust needs water."},
-    {"_id": "p3", "text": "No title at all."},
-]
-QUERIES = [{"_id": "q1", "text": "what makes the tide"}, {"_id": "q2", "text": "why does iron rust"}, {"_id": "q3", "text": "unused"}]
-QRELS = "query-id\tcorpus-id\tscore\nq1\tp1\t3\nq1\tp2\t0\nq2\tp2\t1\n"
+CACHED = Path(data.__file__).parents[1] / "cached_prompts"
+HEADER = "query-id\tcorpus-id\tscore\n"
+QRELS = HEADER + "q1\tp1\t3\nq1\tp2\t0\nq1\tp3\t0\nq1\tp4\t1\nq2\tp2\t1\nq2\tp3\t0\n"
+P1 = '{"_id": "p1", "title": "Moon", "text": "The moon raises the tides."}\n'
+P2 = '{"_id": "p2", "title": "", "text": "Rust needs water."}\n'
+CORPUS = P1 + P2 + '{"_id": "p3", "text": "No title."}\n{"_id": "p4", "title": null, "text": ""}\n'
+QUERIES = [{"_id": f"q{n}", "text": text} for n, text in ((1, "the tide"), (2, " Why rust"), (3, "unused"))]
+A = GradedList("a", "tide", ["moon tide", "moon", "bank", "tea"], [3, 2, 1, 0])
+B = GradedList("b", "Rust ", ["iron rust", "tea"], [1, 0])
 
 
-def write(folder: Path, corpus: list | str = CORPUS, queries: list | str = QUERIES, qrels: str = QRELS, split: str = "test") -> Path:
-    (folder / "qrels").mkdir(parents=True, exist_ok=True)
-    for name, rows in (("corpus", corpus), ("queries", queries)):
-        text = rows if isinstance(rows, str) else "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
-    (folder / "qrels" / f"{split}.tsv").write_text(qrels, encoding="utf-8")
+def lines(path: Path, rows: list | str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(rows, list):
+        rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path.write_bytes(rows if isinstance(rows, bytes) else rows.encode())
+    return path
+
+
+def write(folder: Path, split: str = "test", **parts: list | str | bytes) -> Path:
+    lines(folder / "corpus.jsonl", parts.get("corpus", CORPUS))
+    lines(folder / "queries.jsonl", parts.get("queries", QUERIES))
+    lines(folder / f"qrels/{split}.tsv", parts.get("qrels", QRELS))
     return folder
 
 
-def test_folder(tmp_path: Path) -> None:
+def refused(message: str, call, *args) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(*args)
+
+
+def test_folder_and_sample(tmp_path: Path) -> None:
     corpus, queries, qrels = load_beir(write(tmp_path))
-    assert corpus == {"p1": "Moon The moon raises the tides.", "p2": "Rust needs water.", "p3": "No title at all."}
-    assert queries == {"q1": "what makes the tide", "q2": "why does iron rust"}  # q3 has no judgment
-    assert qrels == {"q1": {"p1": 3, "p2": 0}, "q2": {"p2": 1}}
+    assert list(corpus.values()) == ["Moon The moon raises the tides.", "Rust needs water.", "No title.", ""]
+    assert queries == {"q1": "the tide", "q2": "Why rust"}  # q3 has no judgment
+    assert qrels == {"q1": {"p1": 3, "p2": 0, "p3": 0, "p4": 1}, "q2": {"p2": 1, "p3": 0}}
+    assert [len(part) for part in load_beir("sample")] == [301, 40, 40]
 
 
-def test_gzip_windows_lines_byte_order_mark_and_no_header(tmp_path: Path) -> None:
-    plain = load_beir(write(tmp_path / "plain"))
+def test_other_spellings_of_the_same_folder(tmp_path: Path) -> None:
+    expected = load_beir(write(tmp_path / "plain"))
     packed = write(tmp_path / "packed")
-    for path in (packed / "corpus.jsonl", packed / "queries.jsonl", packed / "qrels/test.tsv"):
-        with gzip.open(f"{path}.gz", "wb") as file:
-            file.write(path.read_bytes())
+    for path in [*packed.glob("*.jsonl"), packed / "qrels/test.tsv"]:
+        lines(path.with_name(f"{path.name}.gz"), gzip.compress(path.read_bytes()))
         path.unlink()
-    assert load_beir(packed) == plain
-    windows = write(tmp_path / "windows", qrels="\ufeff" + QRELS.replace("\n", "\r\n"))
-    assert load_beir(windows) == plain
-    headless = write(tmp_path / "headless", qrels=QRELS.split("\n", 1)[1])
-    assert load_beir(headless) == plain
+    assert load_beir(packed) == expected
+    assert load_beir(write(tmp_path / "headless", qrels=QRELS.removeprefix(HEADER))) == expected
+    windows = write(tmp_path / "w", qrels="\ufeff" + QRELS.replace("\n", "\r\n"), corpus="\ufeff" + CORPUS)
+    assert load_beir(windows) == expected
+    (windows / "queries.jsonl").rename(tmp_path / "queries.jsonl")
+    assert load_beir(windows, queries_from=tmp_path) == expected
+    corpus, queries = [{"_id": 7, "title": "Ærø", "text": "\u2028in"}], [{"_id": 5, "text": "où"}]
+    numbers = write(tmp_path / "n", corpus=corpus, queries=queries, qrels="5\t7\t2\n")
+    assert load_beir(numbers) == ({"7": "Ærø in"}, {"5": "où"}, {"5": {"7": 2}})
 
 
-def test_sample_ships_with_the_kit() -> None:
-    corpus, queries, qrels = load_beir("sample")
-    assert len(corpus) == 301 and len(queries) == 40 and sum(map(len, qrels.values())) == 390
-    assert {grade for judged in qrels.values() for grade in judged.values()} == {0, 1, 2, 3}
+BAD = [
+    ("corpus", P1 + '{"_id": \n', ":2: expected one JSON object"),
+    ("corpus", "[1]\n", ":1: expected one JSON object, found list"),
+    ("corpus", P1 + '{"_id": "p2", "text": "a", "text": "b"}\n', ":2: .*'text' stands there twice"),
+    ("corpus", '{"_id": "p1", "text": "\\ud800"}\n', ":1: .*surrogates not allowed"),
+    ("corpus", P1.encode() + b'{"_id": "p2", "text": "\xff"}\n', ":2: expected UTF-8 text, found byte 0xff"),
+    ("queries", P1 + P1, ":2: field '_id': 'p1'"),
+    ("queries", P1 + '{"_id": "q1", "text": "  "}\n', ":2: field 'text': expected text, found it empty"),
+    ("qrels", HEADER + "q9\tp1\t1\n", ":2: field 'query-id': 'q9'"),
+    ("qrels", HEADER + "q1\tp1\t1\nq1\tp9\t1\n", ":3: field 'corpus-id': 'p9' is not in the corpus"),
+    ("qrels", "q1\tp1\t3\nq1\tp1\t2\n", ":2: field 'score': 'q1', 'p1' have grade 3"),
+    ("qrels", "q1 p1 3\n", ":1: expected 3 fields"),
+    ("qrels", "corpus-id\tquery-id\tscore\nq1\tp1\t1\n", ":1: expected 3 fields .*found .'corpus-id'"),
+    ("qrels", "q1\tp1\thigh\nq1\tp2\t1\n", ":1: expected 3 fields .*'high'"),  # was taken for a header
+]
 
 
-def test_numeric_ids_and_unicode(tmp_path: Path) -> None:
-    corpus = [{"_id": 7, "title": "Ærø", "text": "an island\u2028in one line"}]
-    folder = write(tmp_path, corpus, [{"_id": "ö", "text": "où"}], "query-id\tcorpus-id\tscore\nö\t7\t2\n")
-    assert load_beir(folder) == ({"7": "Ærø an island\u2028in one line"}, {"ö": "où"}, {"ö": {"7": 2}})
+@pytest.mark.parametrize("part, content, message", BAD)
+def test_bad_rows_are_named(tmp_path: Path, part: str, content: str | bytes, message: str) -> None:
+    refused(rf"{part}\S*{message}", load_beir, write(tmp_path, **{part: content}))
 
 
-BAD = {
-    "not JSON": ({"corpus": '{"_id": "p1", "text": "a"}\n{"_id": \n'}, r"corpus\.jsonl:2: expected one JSON object"),
-    "a list": ({"corpus": "[1]\n"}, r"corpus\.jsonl:1: expected one JSON object, found list"),
-    "no id": ({"corpus": '{"text": "a"}\n'}, r"corpus\.jsonl:1: field '_id': expected text, found no such field"),
-    "text is a number": ({"corpus": '{"_id": "p1", "text": 3}\n'}, r"corpus\.jsonl:1: field 'text': expected text, found int 3"),
-    "passage id twice": ({"corpus": CORPUS + [CORPUS[0]]}, r"corpus\.jsonl:4: field '_id': 'p1'"),
-    "empty corpus": ({"corpus": ""}, "expected passages in the corpus, found none"),
-    "query id twice": ({"queries": QUERIES + [QUERIES[1]]}, r"queries\.jsonl:4: field '_id': 'q2'"),
-    "empty query": ({"queries": [{"_id": "q1", "text": "  "}]}, r"queries\.jsonl:1: field 'text': expected text, found it empty"),
-    "unknown query": ({"qrels": QRELS + "q9\tp1\t1\n"}, r"test\.tsv:5: field 'query-id': 'q9'"),
-    "unknown passage": ({"qrels": QRELS + "q1\tp9\t1\n"}, r"test\.tsv:5: field 'corpus-id': 'p9'"),
-    "negative grade": ({"qrels": QRELS + "q2\tp1\t-1\n"}, r"test\.tsv:5: field 'score': .* found '-1'"),
-    "half a grade": ({"qrels": QRELS + "q2\tp1\t1.5\n"}, r"test\.tsv:5: field 'score': .* found '1.5'"),
-    "grade in words": ({"qrels": QRELS + "q2\tp1\thigh\n"}, r"test\.tsv:5: field 'score': .* found 'high'"),
-    "grade nan": ({"qrels": QRELS + "q2\tp1\tnan\n"}, r"test\.tsv:5: field 'score': .* found 'nan'"),
-    "two grades": ({"qrels": QRELS + "q1\tp1\t2\n"}, r"test\.tsv:5: field 'score': 'q1' and 'p1' have grade 3"),
-    "spaces for tabs": ({"qrels": "q1 p1 3\n"}, r"test\.tsv:1: expected 3 tab-separated fields"),
-    "no judgments": ({"qrels": "query-id\tcorpus-id\tscore\n"}, "expected judgments in split 'test', found none"),
-}
+def test_grades(tmp_path: Path) -> None:
+    for grade in ("-1", "1.5", "high", "nan", "1_0", "3.0", "+3", "٣", ""):
+        folder = write(tmp_path, qrels=QRELS + f"q2\tp1\t{grade}\n")
+        refused(r"test\.tsv:8: field 'score': expected a whole grade", load_beir, folder)
+    assert [as_grade(value, "x:1") for value in ("3", 3, 3.0, "0", 10**6)] == [3, 3, 3, 0, 10**6]
+    for value in (True, None, 1.5, -1, float("nan"), float("inf"), [3], "³"):
+        refused("x:1: .*expected a whole grade", as_grade, value, "x:1")
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_bad_rows_are_named(tmp_path: Path, name: str) -> None:
-    parts, message = BAD[name]
-    with pytest.raises(DataError, match=message):
-        load_beir(write(tmp_path, **parts))
-
-
-def test_bad_files_are_named(tmp_path: Path) -> None:
-    folder = write(tmp_path / "a")
-    with pytest.raises(DataError, match=r"qrels: expected dev\.tsv \(or \.gz\) there, found test\.tsv"):
-        load_beir(folder, split="dev")
-    (folder / "corpus.jsonl").write_bytes(b'{"_id": "p1", "text": "a"}\n{"_id": "p2", "text": "\xff"}\n')
-    with pytest.raises(DataError, match=r"corpus\.jsonl:2: expected UTF-8 text, found byte 0xff"):
-        load_beir(folder)
-    torn = tmp_path / "torn.jsonl.gz"
-    torn.write_bytes(gzip.compress(b'{"a": 1}\n' * 1000)[:-20])
-    with pytest.raises(DataError, match=r"torn\.jsonl\.gz: cannot be read"):
-        list(read_jsonl(torn))
-    with pytest.raises(DataError, match="missing.jsonl: cannot be read after line 0: No such file"):
-        list(read_jsonl(tmp_path / "missing.jsonl"))
+def test_bad_places_and_archives_are_named(tmp_path: Path) -> None:
+    refused(r"expected a folder with qrels/dev\.tsv \(or \.gz\)", load_beir, write(tmp_path), "dev")
+    refused("expected judgments in split 'test', found none", load_beir, write(tmp_path, qrels=HEADER))
     for name in ("no-such-thing", str(tmp_path / "nothing here")):
-        with pytest.raises(DataError, match="expected a folder in BEIR layout, a hub id"):
-            load_beir(name)
+        refused("expected a folder with .*, a hub id, or 'sample'", load_beir, name)
+    refused(r"mteb/scifact \(queries\.jsonl\): neither here nor from the hub", load_beir, "mteb/scifact")
+    whole = gzip.compress(b'{"a": 1}\n' * 1000)
+    for broken in (whole[:-20], whole[:30] + b"\0" + whole[31:], whole[:-8] + bytes(8), b"no gzip"):
+        rows = read_jsonl(lines(tmp_path / "broken.jsonl.gz", broken))
+        refused(r"broken\.jsonl\.gz: cannot be read after line \d+: .", list, rows)
 
 
-def test_harmless_oddities_are_counted_not_silent(tmp_path: Path) -> None:
-    corpus = CORPUS + [{"_id": "p4", "title": "", "text": ""}]
-    with pytest.warns(UserWarning) as seen:
-        load_beir(write(tmp_path, corpus=corpus, qrels=QRELS + "q2\tp2\t1\n"))
-    assert [str(w.message) for w in seen] == [
-        "corpus: 1 of 4 passages have neither title nor text",
-        "qrels: 1 judgments stand there twice with the same grade",
-    ]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        load_beir(write(tmp_path / "clean"))
+HUB = {"o/set": ["default", "corpus"], "o/apart": ["corpus"], "o/bare": ["default"], "o/bare/folder": []}
 
 
-def test_hub_layouts_on_a_local_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`datasets` reads a local folder through the code path of a hub id: configs, and bare BEIR files."""
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    expected = load_beir(write(tmp_path / "bare"))
-    configured = write(tmp_path / "configured")
-    (configured / "README.md").write_text(
-        "---\nconfigs:\n"
-        "- config_name: default\n  data_files:\n  - split: test\n    path: qrels/test.jsonl\n"
-        "- config_name: corpus\n  data_files:\n  - split: corpus\n    path: corpus.jsonl\n"
-        "- config_name: queries\n  data_files:\n  - split: queries\n    path: queries.jsonl\n---\n"
-    )
-    rows = [line.split("\t") for line in QRELS.splitlines()[1:]]
-    judged = [{"query-id": q, "corpus-id": p, "score": float(s)} for q, p, s in rows]  # mteb stores floats
-    (configured / "qrels" / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in judged))
-    for folder in (tmp_path / "bare", configured):
-        corpus = read_corpus(_hub_rows(str(folder), "corpus", "test"))
-        queries = read_queries(_hub_rows(str(folder), "queries", "test"))
-        qrels = read_qrels(_hub_rows(str(folder), "qrels", "test"), corpus, queries)
-        assert (corpus, {q: queries[q] for q in qrels}, qrels) == expected
+@pytest.mark.parametrize("name", HUB)
+def test_hub_layouts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """A config a part, judgments apart, bare files, and in a folder; `datasets` reads local files here."""
+    expected, load = load_beir(write(tmp_path / name)), datasets.load_dataset
+    rows = map(str.split, QRELS.splitlines()[1:])
+    rows = [{"query-id": q, "corpus-id": p, "score": float(g)} for q, p, g in rows]  # as mteb stores them
+    lines(tmp_path / (f"{name}-qrels" if name == "o/apart" else name) / "default.jsonl", rows)
+
+    def load_dataset(name: str, config: str | None, split: str | None = None) -> object:
+        file = str(tmp_path / name / f"{config or 'default'}.jsonl")
+        return load("json", data_files={split or "any": file}, split=split, cache_dir=str(tmp_path))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "get_dataset_config_names", HUB.__getitem__)
+    monkeypatch.setattr(data, "hf_hub_download", lambda name, file, repo_type: str(tmp_path / name / file))
+    assert load_beir(name) == expected
 
 
-def test_hub_out_of_reach_is_one_sentence() -> None:
-    assert os.environ["HF_HUB_OFFLINE"] == "1"
-    with pytest.raises(DataError, match=r"mteb/scifact \(qrels, test\): the hub did not deliver it"):
-        load_beir("mteb/scifact")
+def test_caches_and_plain_lists(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    good = {"1": "c", "3": "a ", "2": "b", "0": "d"}
+    plain = lines(tmp_path / "plain.jsonl", [{"query": "tide", "passages": good}])
+    assert load_lists([plain]) == [GradedList("plain-1", "tide", list("abcd"), [3, 2, 1, 0])]
+    rows = [{"id": i, "query": q, "passages": None, "error": "torn"} for i, q in (("1", "a"), ("2", "b"))]
+    rows += [{"id": "1", "query": "a", "passages": p} for p in ({"3": "old", "0": "o"}, {"3": "x", "0": "y"})]
+    content = gzip.compress(lines(tmp_path / "plain", [*rows, rows[0]]).read_bytes())
+    packed = lines(tmp_path / "cache.jsonl.gz", content)
+    assert load_lists([packed]) == [GradedList("1", "a", ["x", "y"], [3, 0])]
+    assert "1 of 2 queries have no passages" in capsys.readouterr().err
+    again = lines(tmp_path / "again.jsonl", rows[2:])
+    assert [item.id for item in load_lists([packed, again])] == ["1", "again.jsonl:1"]
+    refused("named twice", load_lists, [packed, again, again])
+    refused("found none", load_lists, [again, lines(tmp_path / "none.jsonl", "")])
+    clash = lines(tmp_path / "clash.jsonl", [*rows, {"id": "1", "query": "another", "passages": good}])
+    refused(r"clash\.jsonl:5: .*'1' has another query at .*clash\.jsonl:1", load_lists, clash)
 
 
-def test_queries_from_another_folder(tmp_path: Path) -> None:
-    expected = load_beir(write(tmp_path / "whole"))
-    bare = write(tmp_path / "bare")
-    (bare / "queries.jsonl").rename(tmp_path / "queries.jsonl")
-    with pytest.raises(DataError, match="expected queries.jsonl"):
-        load_beir(bare)
-    assert load_beir(bare, queries_from=tmp_path) == expected
+BAD_LISTS = [
+    ({"passages": {"3": "a", "0": "b"}}, "field 'query': expected text, found no such field"),
+    ({"query": "q"}, "field 'passages': expected 2 or more grades, each once, found ''"),
+    ({"query": "q", "passages": {"3": "a"}}, "field 'passages': expected 2 or more grades"),
+    ({"query": "q", "passages": ["a", "b"]}, "field 'passages': expected 2 or more grades"),
+    ({"query": "q", "passages": {"3": "a", "03": "b", "0": "c"}}, "each once"),
+    ({"query": "q", "passages": {"3": "a", "3.0": "b", "0": "c"}}, "a whole grade .* found '3.0'"),
+    ({"query": "q", "passages": {"3": "a", "0": "  "}}, "field '0': expected text, found it empty"),
+    ({"query": "q", "passages": {"3": "a", "0": None}}, "field '0': expected text, found NoneType"),
+    ({"id": 7, "passages": {"3": "a", "0": "b"}}, "no 'query': bring the collection with query '7'"),
+]
+
+
+@pytest.mark.parametrize("row, message", BAD_LISTS)
+def test_bad_lists_are_named(tmp_path: Path, row: dict, message: str) -> None:
+    path = lines(tmp_path / "bad.jsonl", [{"query": "q", "passages": {"1": "a", "0": "b"}}, row])
+    refused(rf"bad\.jsonl:2: .*{message}", load_lists, [path])
+
+
+def test_the_released_layout(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    msmarco = write(tmp_path / "msmarco")
+    folder = write(tmp_path / "sycl/llama33_70b", "train", qrels="q1\tp3\t2\nq1\tp1\t3\nq2\tp2\t0\n")
+    (folder / "queries.jsonl").unlink()
+    item = GradedList("q1", "the tide", ["Moon The moon raises the tides.", "No title."], [3, 2])
+    assert load_lists([folder], queries_from=msmarco) == [item]
+    assert "1 of 2 queries have no relevant passage" in capsys.readouterr().err
+    refused(r"expected a folder with queries\.jsonl", load_lists, [folder])
+    own = write(tmp_path / "own", "train", queries=[{"_id": "q1", "text": "own"}], qrels="q1\tp1\t1\n")
+    assert load_lists([own], queries_from=msmarco)[0].query == "own"
+
+
+def test_what_ships_without_its_third_party_text(tmp_path: Path) -> None:
+    rows = [row for _, row in read_jsonl(CACHED / "wikiqa-graded.jsonl")]
+    assert {tuple(row) for row in rows} == {("id", "prompt_version", "generator", "passages")}
+    write(tmp_path, queries=[{"_id": row["id"], "text": f"question {row['id']}"} for row in rows])
+    lists = load_lists([CACHED / "wikiqa-graded.jsonl"], queries_from=tmp_path)
+    assert len(lists) == 360 and all(item.grades == [3, 2, 1, 0] and all(item.passages) for item in lists)
+    assert lists[7].query == "question train-7" and lists[7].passages == list(rows[7]["passages"].values())
+    ids = [int(line) for line in gzip.decompress((CACHED / "dl19-pool.ids.gz").read_bytes()).split()]
+    assert ids == sorted(set(ids)) and len(ids) == 22_917 and ids[-1] < 8_841_823  # MS MARCO's passages
+
+
+def test_recipes() -> None:
+    lists = [GradedList(str(n), "q", A.passages[::-1], A.grades[::-1]) for n in range(50)]
+    shaped = {name: recipe(lists, name, 0) for name in data.RECIPES}
+    kinds = {name: {(*x.passages, *x.grades) for x in shaped[name]} for name in shaped}
+    assert shaped["graded"] == lists and [item.id for item in shaped["binary"]] == [item.id for item in lists]
+    assert kinds["binary"] == {("moon tide", "bank", "tea", 1, 0, 0), ("moon", "bank", "tea", 1, 0, 0)}
+    assert kinds["ends"] == {("moon tide", "tea", 3, 0)} and kinds["merged"] == {(*A.passages, 3, 0, 0, 0)}
+    assert shaped["binary"][9:] == recipe(lists[9:], "binary", 0) != recipe(lists[9:], "binary", 1)
+    assert 15 < sum(x.passages[0] == "moon" for x in shaped["binary"]) < 35
+    refused(r"expected grades 3, 2, 1, 0; 'b' has \[1, 0\]", recipe, [A, B], "binary", 0)
+    refused("expected one of graded, binary, ends, merged, got 'best'", recipe, [A], "best", 0)
+
+
+def test_real_lists(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = write(tmp_path / "c", "train", qrels=QRELS + "q3\tp1\t0\n")
+    p1, p2, p3, p4 = load_beir(folder, "train")[0].values()
+    drawn = [real_lists(folder, seed=seed) for seed in range(30)]
+    assert {x.passages[0] for x, _ in drawn} == {p1, p4}  # p4 has grade 1: a positive, too
+    assert all({*x.passages[1:]} == {p2, p3} and x.grades == [3, 1, 1] for x, _ in drawn)
+    assert all(x == GradedList("q2", "Why rust", [p2, p3], [3, 1]) for _, x in drawn)
+    assert drawn[4] == real_lists(folder, seed=4) and "1 of 3 queries lack" in capsys.readouterr().err
+    q2, other = {"qid": "q2"}, {"qid": "q8", "docid": ["p7"]}
+    row = q2 | {"docid": ["p4", "p2", "p1", "p3"], "score": [9.5, 8, 7, 1]}
+    mined = lines(tmp_path / "train_qrels.jsonl", [row, other])
+    drawn = [real_lists(folder, mined, seed) for seed in range(50)]
+    assert all([x.id for x in found] == ["q2"] and found[0].passages[0] == p2 for found in drawn)
+    assert len({tuple(found[0].passages) for found in drawn}) == 6  # ordered pairs of p1, p3, p4
+    for bad in ([row, row], [q2 | {"docid": "p1"}], [{"docid": []}], [q2 | {"docid": ["p9"]}]):
+        refused(r"b\.jsonl:[12]: .*(qid|docid)", real_lists, folder, lines(tmp_path / "b.jsonl", bad))
+    refused("found none", real_lists, folder, lines(tmp_path / "b.jsonl", [other]))
+    (folder / "corpus.jsonl").unlink()  # a wrong name is found before the collection is read
+    refused(r"expected a folder with x\.jsonl", real_lists, folder, tmp_path / "x.jsonl")
+
+
+def test_combine(capsys: pytest.CaptureFixture) -> None:
+    real = [GradedList(i, q, ["p", "n", "m"], [3, 1, 1]) for i, q in (("r", " TIDE"), ("s", "else"))]
+    joined = GradedList("a", "tide", [*A.passages, "p", "n", "m"], [3, 2, 1, 0, 3, 1, 1])
+    assert combine([A, B], real) == [joined, B]
+    assert "1 of 2 real lists have no synthetic partner" in capsys.readouterr().err
+    refused("none of the 2 real lists has the query of a synthetic one", combine, [B], real)
+
+
+def test_split_collection_and_batch() -> None:
+    lists = [GradedList(str(n), "q", ["x"], [1]) for n in range(50)]
+    rest, held = data.split_lists(lists, 0.1, seed=3)
+    assert [item.id for item in held] == ["8", "15", "23", "34", "37"]  # golden: as in all earlier runs
+    assert sorted([*rest, *held], key=lambda item: int(item.id)) == lists and len(rest) == 45
+    corpus, queries, qrels = as_collection([A, B])
+    assert queries == {"a": "tide", "b": "Rust "} and list(corpus.values()) == A.passages + B.passages
+    assert list(corpus) == ["a-0", "a-1", "a-2", "a-3", "b-0", "b-1"] and qrels["b"] == {"b-0": 1, "b-1": 0}
+    batch = collate([A, B])
+    assert batch.queries == ["tide", "Rust "] and batch.passages == [*A.passages, *B.passages, "", ""]
+    assert torch.equal(batch.labels, torch.tensor([[3.0, 2, 1, 0], [1, 0, 0, 0]]))
+    assert batch.mask.tolist() == [[True] * 4, [True, True, False, False]]
+    refused("at least one list", collate, [])
+    refused("1 lists have the id", as_collection, [A, A])

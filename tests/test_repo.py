@@ -28,7 +28,9 @@ def imports(path: Path) -> set[str]:
 
 
 def test_every_module_has_its_place() -> None:
-    assert sorted(path.stem for path in (ROOT / "repro").glob("*.py") if path.stem != "__init__") == sorted(ORDER)
+    assert sorted(path.stem for path in (ROOT / "repro").glob("*.py") if path.stem != "__init__") == sorted(
+        ORDER
+    )
 
 
 @pytest.mark.parametrize("module", ORDER)
@@ -45,7 +47,10 @@ def test_imports_go_one_way_and_files_are_short(module: str) -> None:
 def test_nothing_reads_pickles_or_runs_code_from_a_checkpoint() -> None:
     for path in (ROOT / "repro").glob("*.py"):
         text = path.read_text(encoding="utf-8")
-        assert not re.search(r"\bimport pickle|torch\.load\(|trust_remote_code=True|\beval\(|\bexec\(", text.replace(".eval()", "")), path.name
+        assert not re.search(
+            r"\bimport pickle|torch\.load\(|trust_remote_code=True|\beval\(|\bexec\(",
+            text.replace(".eval()", ""),
+        ), path.name
 
 
 def test_notebook_is_committed_as_it_ran() -> None:

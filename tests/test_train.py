@@ -1,4 +1,4 @@
-"""The training loop: learning, repeating, resuming, and two ranks against one."""
+"""The training loop: learning, repeating, resuming, refusing, and two ranks against one."""
 
 import json
 import os
@@ -11,35 +11,29 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import graded_lists, write_lists
 
-from repro.data import DataError
+from repro.data import collate, load_lists
 from repro.encoder import BiEncoder
-from repro.lists import GradedList, collate
-from repro.runs import RunError
-from repro.train import LOSSES, TrainConfig, TrainError, batch_loss, learning_rate, loss_function, main, train, training_lists
+from repro.losses import LOSSES
+from repro.train import COSINE, TrainConfig, batch_loss, filled, learning_rate, loss_function, main, train
 
-TOPICS = ["bread dough rise", "moon tide", "iron rust", "coffee beans roast", "engine oil change", "cat sleep", "sky blue", "heart rate normal"]
-
-
-def lists(count: int = 16) -> list[GradedList]:
-    """Queries about a topic; grade 3 holds all of its words, 2 the first, 1 another of them, 0 none."""
-    made = []
-    for n in range(count):
-        words = TOPICS[n % len(TOPICS)].split()
-        other = TOPICS[(n + 1) % len(TOPICS)]
-        passages = [f"the {' '.join(words)} of it", f"a {words[0]} in the city", f"why is {words[-1]}", f"the {other} of it"]
-        made.append(GradedList(f"l{n}", f"how {' '.join(words)} {'long' * (n // len(TOPICS))}".strip(), passages, [3, 2, 1, 0]))
-    return made
+ROOT = Path(__file__).parents[1]
+UNEVEN = [
+    replace(x, passages=x.passages[: 2 + n % 3], grades=x.grades[: 2 + n % 3])
+    for n, x in enumerate(graded_lists())
+]
 
 
-def write_lists(path: Path, count: int = 16) -> Path:
-    rows = [{"id": x.id, "query": x.query, "passages": dict(zip(map(str, x.grades), x.passages, strict=True))} for x in lists(count)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def config(folder: Path, model: Path, **options) -> TrainConfig:  # noqa: ANN003
-    settings = {"lists": ["given"], "out": str(folder / "out"), "model": str(model), "batch_size": 4, "lr": 5e-3, "device": "cpu", "epochs": 3}
+def config(folder: Path, model: Path, name: str = "out", **options) -> TrainConfig:
+    settings = {
+        "out": str(folder / name),
+        "model": str(model),
+        "batch_size": 4,
+        "lr": 5e-3,
+        "device": "cpu",
+        "epochs": 3,
+    }
     return TrainConfig(**{**settings, **options})
 
 
@@ -47,163 +41,241 @@ def log(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
+def losses(folder: Path) -> list[float]:
+    return [row["loss"] for row in log(folder)]
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_every_loss_goes_down_and_the_model_is_saved(loss: str, tiny_llama: Path, tmp_path: Path) -> None:
-    record = train(config(tmp_path, tiny_llama, loss=loss, temperature=0.5, epochs=8), lists(), progress=False)
-    rows = log(tmp_path / "out")
-    assert [row["step"] for row in rows] == list(range(32)) and record["steps"] == 32
-    first, last = (sum(row["loss"] for row in part) / 4 for part in (rows[:4], rows[-4:]))
-    assert last < 0.8 * first, (first, last)
+    record = train(
+        config(tmp_path, tiny_llama, loss=loss, temperature=0.5, epochs=8), graded_lists(), progress=False
+    )
+    rows = losses(tmp_path / "out")
+    assert len(rows) == record["steps"] == 32 and sum(rows[-4:]) < 0.8 * sum(rows[:4])
     before, after = BiEncoder.load(tiny_llama), BiEncoder.load(tmp_path / "out")
     assert not torch.equal(before.encode(["moon tide"]), after.encode(["moon tide"]))
-    assert not list(tmp_path.glob("*.partial"))
     saved = json.loads((tmp_path / "out" / "train.json").read_text())
-    assert saved["settings"]["loss"] == loss and saved["chosen"]["lr"] == 5e-3 and saved["machine"]["torch"] == torch.__version__
+    assert saved["settings"]["loss"] == loss and saved["machine"]["torch"] == torch.__version__
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_training_ranks_the_grades(tiny_bert: Path, tmp_path: Path) -> None:
-    train(config(tmp_path, tiny_bert, order=1, temperature=0.5, label_temperature=0.5, epochs=12), lists(), progress=False)
-    encoder, right = BiEncoder.load(tmp_path / "out"), {"before": 0, "after": 0}
-    for name, model in (("before", BiEncoder.load(tiny_bert)), ("after", encoder)):
-        for item in lists():
-            scores = model.encode([item.query], "query") @ model.encode(item.passages).T
-            right[name] += int(scores.argmax() == 0)
-    assert right["after"] >= 14 > right["before"], right
+    train(
+        config(tmp_path, tiny_bert, temperature=0.5, label_temperature=0.5, epochs=12),
+        graded_lists(),
+        progress=False,
+    )
+    right = []
+    for model in (BiEncoder.load(tiny_bert), BiEncoder.load(tmp_path / "out")):
+        ranked = [model.encode([x.query], "query") @ model.encode(x.passages).T for x in graded_lists()]
+        right.append(sum(int(scores.argmax() == 0) for scores in ranked))
+    assert right[1] >= 14 > right[0], right
 
 
 def test_same_seed_same_losses_other_seed_other_order(tiny_bert: Path, tmp_path: Path) -> None:
     """BERT has dropout, so this also checks that the random state is part of the seed."""
-    runs = {}
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        train(config(tmp_path, tiny_bert, seed=seed, out=str(tmp_path / name)), lists(), progress=False)
-        runs[name] = [row["loss"] for row in log(tmp_path / name)]
-    assert runs["a"] == runs["b"] != runs["c"]
+        train(config(tmp_path, tiny_bert, name, seed=seed), graded_lists(), progress=False)
+    assert losses(tmp_path / "a") == losses(tmp_path / "b") != losses(tmp_path / "c")
 
 
-def test_frozen_run_equals_a_run_that_recomputes(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    for name, room in (("kept", 1.0), ("again", 0.0)):
-        train(config(tmp_path, tiny_llama, freeze=2, state_gb=room, out=str(tmp_path / name)), lists(), progress=False)
-    assert "computed again in every step" in capsys.readouterr().err
-    kept, again = ([row["loss"] for row in log(tmp_path / name)] for name in ("kept", "again"))
-    assert kept == pytest.approx(again, abs=1e-4)
-    start, end = BiEncoder.load(tiny_llama).model, BiEncoder.load(tmp_path / "kept").model
-    assert torch.equal(start.embed_tokens.weight, end.embed_tokens.weight)
-    assert torch.equal(start.layers[1].mlp.up_proj.weight, end.layers[1].mlp.up_proj.weight)
-    assert not torch.equal(start.layers[2].mlp.up_proj.weight, end.layers[2].mlp.up_proj.weight)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_padding_chunks_and_accumulation(loss: str, tiny_llama: Path, tmp_path: Path) -> None:
+    for name, options in (("plain", {}), ("chunk", {"chunk": 3}), ("two", {"accumulate": 2})):
+        train(config(tmp_path, tiny_llama, name, loss=loss, epochs=1, **options), UNEVEN, progress=False)
+    plain = losses(tmp_path / "plain")
+    assert losses(tmp_path / "chunk") == pytest.approx(plain, abs=1e-4)
+    # Two losses of 4 lists make one step: the loss's batch does not grow, their mean is what is logged.
+    assert len(losses(tmp_path / "two")) == 2 and losses(tmp_path / "two")[0] != pytest.approx(
+        plain[0], abs=1e-6
+    )
 
 
-def test_padded_lists_and_chunks_train(tiny_llama: Path, tmp_path: Path) -> None:
-    uneven = [replace(item, passages=item.passages[:k], grades=item.grades[:k]) for item, k in zip(lists(), [4, 2, 3, 4] * 4, strict=True)]
-    for loss in LOSSES:
-        train(config(tmp_path, tiny_llama, loss=loss, epochs=1, out=str(tmp_path / loss)), uneven, progress=False)
-        train(config(tmp_path, tiny_llama, loss=loss, chunk=3, epochs=1, out=str(tmp_path / f"{loss}-chunk")), uneven, progress=False)
-        one, two = ([row["loss"] for row in log(tmp_path / name)] for name in (loss, f"{loss}-chunk"))
-        assert one == pytest.approx(two, abs=1e-4)
+def test_options_reach_the_loss(tiny_llama: Path) -> None:
+    encoder, batch = BiEncoder.load(tiny_llama, device="cpu"), collate(graded_lists(8))
+    with torch.no_grad():
+        scores = encoder.encode(batch.queries, "query") @ encoder.encode(batch.passages).T
+        own = torch.eye(8).repeat_interleave(4, dim=1)  # (B, N)
+        labels = own * batch.labels.flatten()
+        for loss, options in (
+            ("wasserstein_1d", {"order": 2, "axis": "gain"}),
+            ("kl", {"target": "own"}),
+            ("infonce", {"ignore_between": True}),
+        ):
+            settings = TrainConfig(loss=loss, temperature=0.7, label_temperature=0.5, **options)
+            found = batch_loss(encoder, batch, loss_function(settings), settings.target == "own")
+            extra = {"label_temperature": 0.5} if loss != "infonce" else {}
+            extra |= {"target_mask": own > 0} if "target" in options else options
+            torch.testing.assert_close(
+                found, LOSSES[loss](scores, labels, 0.7, **extra), atol=1e-5, rtol=1e-4
+            )
 
 
-SLOW_TRAIN = """
+def test_weights_are_averaged_with_the_start(tiny_llama: Path, tmp_path: Path) -> None:
+    for name, share in (("all", 1.0), ("half", 0.5), ("none", 0.0)):
+        train(config(tmp_path, tiny_llama, name, average=share), graded_lists(), progress=False)
+    start, *rest = [
+        BiEncoder.load(f).model.norm.weight
+        for f in (tiny_llama, *(tmp_path / n for n in ("all", "half", "none")))
+    ]
+    assert torch.equal(rest[2], start) and not torch.equal(rest[0], start)
+    torch.testing.assert_close(rest[1], (start + rest[0]) / 2)
+
+
+SLOW = """
 import sys, time
 from repro import train
 step = train.batch_loss
-def slow(*args):
-    time.sleep(0.15)
-    return step(*args)
-train.batch_loss = slow
+train.batch_loss = lambda *args: time.sleep(0.15) or step(*args)
 sys.exit(train.main(sys.argv[1:]))
 """
 
 
-def test_killed_run_resumes_to_the_same_weights(tiny_bert: Path, tmp_path: Path) -> None:
-    data = write_lists(tmp_path / "lists.jsonl")
-    options = ["--lists", str(data), "--model", str(tiny_bert), "--batch-size", "4", "--epochs", "4", "--lr", "5e-3",
-               "--checkpoint-every", "2", "--device", "cpu"]  # fmt: skip
+def test_killed_run_goes_on_to_the_same_weights_and_a_second_one_is_refused(
+    tiny_bert: Path, tmp_path: Path
+) -> None:
+    options = [
+        "--lists",
+        str(write_lists(tmp_path / "lists.jsonl")),
+        "--model",
+        str(tiny_bert),
+        "--batch-size",
+        "4",
+    ]
+    options += ["--epochs", "4", "--lr", "5e-3", "--checkpoint-every", "2", "--device", "cpu"]
     assert main([*options, "--out", str(tmp_path / "whole")]) == 0
-    command = [sys.executable, "-c", SLOW_TRAIN, *options, "--out", str(tmp_path / "killed")]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, cwd=Path(__file__).parents[1])
+    command = [
+        sys.executable,
+        "-c",
+        SLOW,
+        *options,
+        "--out",
+        f"{tmp_path / 'killed'}/",
+    ]  # a slash does no harm
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, cwd=ROOT)
     state = tmp_path / "killed.partial" / "state.safetensors"
     deadline = time.monotonic() + 120
     while not state.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
-    time.sleep(0.2)
+    assert main([*options, "--out", str(tmp_path / "killed")]) == 2  # another process is at it
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert state.exists() and not (tmp_path / "killed").exists()
     assert main([*options, "--out", str(tmp_path / "killed")]) == 0
-    whole, killed = log(tmp_path / "whole"), log(tmp_path / "killed")
-    assert [row["step"] for row in killed] == list(range(16)) and killed == whole
+    assert log(tmp_path / "killed") == log(tmp_path / "whole") and len(log(tmp_path / "whole")) == 16
     weights = [BiEncoder.load(tmp_path / name).model.state_dict() for name in ("whole", "killed")]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name[0] != ".") == [
+        "killed",
+        "lists.jsonl",
+        "whole",
+    ]
 
 
-def test_finished_and_foreign_folders(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    first = train(config(tmp_path, tiny_llama), lists(), progress=False)
-    assert train(config(tmp_path, tiny_llama), lists(), progress=False) == first
+def test_finished_and_foreign_folders(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    first = train(config(tmp_path, tiny_llama), graded_lists(), progress=False)
+    assert train(config(tmp_path, tiny_llama), graded_lists(), progress=False) == first
     assert "finished already" in capsys.readouterr().err
-    with pytest.raises(RunError, match="seed is 0 there and 1 here"):
-        train(config(tmp_path, tiny_llama, seed=1), lists(), progress=False)
-    with pytest.raises(RunError, match="lists_sha256"):
-        train(config(tmp_path, tiny_llama), lists(15), progress=False)
-    (tmp_path / "foreign").mkdir()
-    (tmp_path / "foreign" / "thesis.txt").write_text("precious")
-    with pytest.raises(RunError, match="no run of this command"):
-        train(config(tmp_path, tiny_llama, out=str(tmp_path / "foreign")), lists(), progress=False)
-    (tmp_path / "mine.partial").mkdir()
-    (tmp_path / "mine.partial" / "thesis.txt").write_text("precious")
-    with pytest.raises(RunError, match="no run of this command"):
-        train(config(tmp_path, tiny_llama, out=str(tmp_path / "mine")), lists(), progress=False)
     for name in ("foreign", "mine.partial"):
-        assert (tmp_path / name / "thesis.txt").read_text() == "precious"
-
-
-def test_bad_settings_are_one_sentence(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    for options, error, message in [
-        ({"batch_size": 0}, TrainError, "batch_size: expected"),
-        ({"loss": "hinge"}, TrainError, "loss: expected one of"),
-        ({"freeze": 4}, ValueError, "frozen layers"),
-        ({"lr": 1e30}, TrainError, "the loss is nan"),
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.txt").write_text("precious")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for options, message in [
+        ({"seed": 1}, "seed is 0 there and 1 here"),
+        ({"name": "foreign"}, "not empty"),
+        ({"name": "mine"}, "no run of this command"),
+        ({"name": "link"}, "symlink"),
+        ({"out": "."}, "working folder"),
     ]:
-        with pytest.raises(error, match=message):
-            train(config(tmp_path, tiny_llama, **options), lists(), progress=False)
-    with pytest.raises(TrainError, match="recipe"):
-        training_lists(TrainConfig(lists=[str(write_lists(tmp_path / "l.jsonl"))], recipe="mixed"))
-    with pytest.raises(DataError, match="expected graded lists, found none"):
-        training_lists(TrainConfig(lists=[str(write_lists(tmp_path / "e.jsonl", 0))]))
-    assert main(["--lists", str(tmp_path / "missing.jsonl"), "--out", str(tmp_path / "x")]) == 2
-    assert main(["--lists", str(tmp_path / "l.jsonl"), "--model", "no-such-model", "--out", str(tmp_path / "x")]) == 2
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert "missing.jsonl: cannot be read" in errors[0] and "unknown model 'no-such-model'" in errors[1]
-    assert not (tmp_path / "x").exists() and not (tmp_path / "x.partial").exists()
+        with pytest.raises(ValueError, match=message):
+            train(config(tmp_path, tiny_llama, **options), graded_lists(), progress=False)
+    with pytest.raises(ValueError, match="lists_sha256"):
+        train(config(tmp_path, tiny_llama), graded_lists(15), progress=False)
+    assert all(
+        (tmp_path / name / "thesis.txt").read_text() == "precious" for name in ("foreign", "mine.partial")
+    )
 
 
-def test_fewer_lists_than_a_batch_is_said(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    record = train(config(tmp_path, tiny_llama, batch_size=64), lists(6), progress=False)
-    assert record["chosen"]["batch_size"] == 6 and record["steps"] == 3
-    assert "only 6 lists: a batch is 6 of them, not 64" in capsys.readouterr().err
+BAD = "--lr 0|--lr inf|--lr nan|--epochs 0|--steps 0|--steps -5|--temperature 0|--label-temperature -1"
+BAD += "|--batch-size 0|--clip -1|--warmup nan|--warmup 2|--average 1.5|--checkpoint-every 0|--chunk 0"
+BAD += "|--accumulate 0|--freeze -1|--dtype int32|--order 3|--axis line|--loss hinge|--target none|--seed -1"
+BAD += "|--recipe mixed|--recipe real|--model no-such-model|--lists missing.jsonl|--device abacus"
+
+
+@pytest.mark.parametrize("options", BAD.split("|"))
+def test_bad_settings_are_one_sentence_before_any_work(
+    options: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_lists(tmp_path / "lists.jsonl")
+    assert main(["--lists", "lists.jsonl", "--model", "no-model", "--out", "x", *options.split()]) == 2
+    name, errors = options.split()[0].strip("-").replace("-", "_"), capsys.readouterr().err.splitlines()
+    assert len(errors) == 1 and errors[0].startswith("error: ")
+    assert (name in errors[0]) or options.split()[-1] in errors[0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lists.jsonl"]
+
+
+def test_a_number_that_is_none_is_an_error(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match=r"step \d: the loss is nan"):
+        train(config(tmp_path, tiny_llama, "a", lr=1e30), graded_lists(), progress=False)
+    with pytest.raises(ValueError, match="a trained weight is not a finite number"):
+        train(config(tmp_path, tiny_llama, "b", lr=3e38, steps=1, warmup=0.0), graded_lists(), progress=False)
+
+
+def test_what_is_left_open_is_filled_by_the_kind_of_encoder(
+    tiny_llama: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    raw, cosine = BiEncoder.load(tiny_llama, device="cpu"), BiEncoder.load(tiny_llama, device="cpu")
+    cosine.normalise, cosine.projection = True, torch.nn.Parameter(torch.eye(16))
+    for loss in LOSSES:
+        for encoder, expected in ((raw, (1.0, 1.0, 1e-5, 1)), (cosine, (*COSINE[loss], 1e-5, 1))):
+            found = filled(TrainConfig(loss=loss), encoder, 32)
+            assert (found.temperature, found.label_temperature, found.lr, found.steps // 2) == expected
+    assert filled(TrainConfig(temperature=0.7, epochs=4), cosine, 32).steps == 8
+    cosine.save(tmp_path / "mapped")
+    record = train(
+        TrainConfig(model=str(tmp_path / "mapped"), out=str(tmp_path / "out"), device="cpu"),
+        graded_lists(6),
+        progress=False,
+    )
+    assert record["chosen"]["lr"] == 3e-4 and record["chosen"]["batch_size"] == 6 and record["steps"] == 5
+    assert "only 6 lists: a batch is 6 of them, not 16" in capsys.readouterr().err
+    after = BiEncoder.load(tmp_path / "out", device="cpu")
+    assert not torch.equal(after.projection, cosine.projection)
+    assert all(
+        torch.equal(a, b) for a, b in zip(raw.model.parameters(), after.model.parameters(), strict=True)
+    )
 
 
 def test_autocast_leaves_pooling_and_scores_in_float32(tiny_bert: Path) -> None:
-    encoder = BiEncoder.load(tiny_bert, device="cpu").eval()
+    encoder, seen = BiEncoder.load(tiny_bert, device="cpu").eval(), []
     encoder.normalise = True
-    seen = []
-
-    def loss(scores: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        seen.append(scores.detach())
-        return scores.sum()
-
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            batch_loss(encoder, collate(lists(8)), encoder.tokenise, loss)
+            batch_loss(
+                encoder, collate(graded_lists(8)), lambda scores, labels, mask: seen.append(scores.detach())
+            )
     exact, mixed = seen
-    assert mixed.dtype == torch.float32 and not torch.equal(exact, mixed)  # the transformer did run in bfloat16
+    assert mixed.dtype == torch.float32 and not torch.equal(
+        exact, mixed
+    )  # the transformer did run in bfloat16
     assert not torch.equal(mixed, mixed.bfloat16().float())  # but the scores are not rounded to it
     torch.testing.assert_close(mixed, exact, atol=0.02, rtol=0)
 
 
 def test_learning_rate_warms_up_and_decays() -> None:
-    rates = [learning_rate(step, 100, 1.0, 0.05) for step in range(100)]
+    rates = [learning_rate(step, TrainConfig(lr=1.0, steps=100)) for step in range(100)]
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
-    assert rates[5] < 1 and all(a > b for a, b in zip(rates[4:], rates[5:], strict=False)) and 0 < rates[-1] < 0.02
-    assert [learning_rate(step, 1, 1.0, 0.05) for step in range(1)] == [1.0]
+    assert (
+        rates[5] < 1
+        and all(a > b for a, b in zip(rates[4:], rates[5:], strict=False))
+        and 0 < rates[-1] < 0.02
+    )
+    assert learning_rate(0, TrainConfig(lr=1.0, steps=1)) == 1.0
 
 
 TWO_RANKS = """
@@ -212,34 +284,46 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from test_train import gradients
 dist.init_process_group("gloo")
-torch.save(gradients(Path(sys.argv[2]), sys.argv[3]), f"{sys.argv[4]}.{dist.get_rank()}")
+torch.save(gradients(Path(sys.argv[2])), f"{sys.argv[3]}.{dist.get_rank()}")
 dist.destroy_process_group()
 """
 
 
-def gradients(model: Path, loss: str) -> dict[str, torch.Tensor]:
-    """Parameter gradients of one batch of 8 uneven lists, on one process or under torchrun."""
+def gradients(model: Path) -> dict[str, torch.Tensor]:
+    """Loss and parameter gradients of one batch of 8 uneven lists, on one process or under torchrun."""
     encoder = BiEncoder.load(model, device="cpu").eval()  # no dropout: two ranks draw other masks than one
-    wrapped = torch.nn.parallel.DistributedDataParallel(encoder) if torch.distributed.is_initialized() else encoder
-    uneven = [replace(item, passages=item.passages[: 3 + n % 2], grades=item.grades[: 3 + n % 2]) for n, item in enumerate(lists(8))]
-    value = batch_loss(wrapped, collate(uneven), encoder.tokenise, loss_function(TrainConfig(loss=loss), {"temperature": 0.7, "label_temperature": 1.0}))
+    several = torch.distributed.is_initialized()
+    wrapped = torch.nn.parallel.DistributedDataParallel(encoder) if several else encoder
+    # The loss that is wrong unless every rank sees the whole batch.
+    settings = TrainConfig(loss="wasserstein_gaussian", temperature=0.7, label_temperature=1.0)
+    value = batch_loss(wrapped, collate(UNEVEN[:8]), loss_function(settings))
     value.backward()
-    return {"loss": value.detach(), **{name: p.grad for name, p in encoder.named_parameters() if p.grad is not None}}
+    return {
+        "loss": value.detach(),
+        **{n: p.grad for n, p in encoder.named_parameters() if p.grad is not None},
+    }
 
 
 def torchrun(*arguments: str) -> None:
-    root = Path(__file__).parents[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=300, env=environment, cwd=root)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--rdzv_backend=c10d",
+        "--rdzv_endpoint=127.0.0.1:0",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, *arguments], capture_output=True, text=True, timeout=300, env=environment, cwd=ROOT
+    )
     assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_two_ranks_give_the_gradients_of_one(tiny_bert: Path, tmp_path: Path) -> None:
-    loss = "wasserstein_gaussian"  # the one that is wrong unless every rank sees the whole batch
-    single = gradients(tiny_bert, loss)
+    single = gradients(tiny_bert)
     (tmp_path / "two.py").write_text(TWO_RANKS)
-    torchrun(str(tmp_path / "two.py"), str(Path(__file__).parent), str(tiny_bert), loss, str(tmp_path / "grads"))
+    torchrun(str(tmp_path / "two.py"), str(Path(__file__).parent), str(tiny_bert), str(tmp_path / "grads"))
     for rank in (0, 1):
         found = torch.load(tmp_path / f"grads.{rank}", weights_only=True)
         assert found.keys() == single.keys()
@@ -248,42 +332,21 @@ def test_two_ranks_give_the_gradients_of_one(tiny_bert: Path, tmp_path: Path) ->
 
 
 def test_command_under_torchrun_equals_one_process(tiny_llama: Path, tmp_path: Path) -> None:
-    options = ["--lists", str(write_lists(tmp_path / "lists.jsonl")), "--model", str(tiny_llama), "--batch-size", "4", "--epochs", "2",
-               "--lr", "5e-3", "--device", "cpu", "--checkpoint-every", "3"]  # fmt: skip
+    options = [
+        "--lists",
+        str(write_lists(tmp_path / "lists.jsonl")),
+        "--model",
+        str(tiny_llama),
+        "--batch-size",
+        "4",
+    ]
+    options += ["--epochs", "2", "--lr", "5e-3", "--device", "cpu", "--checkpoint-every", "3"]
     assert main([*options, "--out", str(tmp_path / "one")]) == 0
-    torchrun("-m", "repro.train", *options, "--out", str(tmp_path / "two"))
-    one, two = ([row["loss"] for row in log(tmp_path / name)] for name in ("one", "two"))
-    assert len(two) == 8 and two == pytest.approx(one, abs=1e-4)
-    assert json.loads((tmp_path / "two" / "train.json").read_text())["chosen"]["ranks"] == 2
-
-
-def test_a_projection_trains_alone_unless_layers_are_asked_for(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SYCL_CACHE", str(tmp_path / "cache"))
-    before = BiEncoder.load(tiny_llama, device="cpu")
-    alone = train(config(tmp_path, tiny_llama, projection=True, out=str(tmp_path / "alone")), lists(), progress=False)
-    after = BiEncoder.load(tmp_path / "alone", device="cpu")
-    assert alone["chosen"]["freeze"] == 4 and not torch.equal(after.projection, torch.eye(16))
-    assert all(torch.equal(a, b) for a, b in zip(before.model.parameters(), after.model.parameters(), strict=True))
-    again = train(config(tmp_path, tmp_path / "alone", freeze=3, out=str(tmp_path / "upper")), lists(), progress=False)
-    upper = BiEncoder.load(tmp_path / "upper", device="cpu")
-    assert again["chosen"]["freeze"] == 3 and not torch.equal(upper.projection, after.projection)
-    changed = [name for (name, a), b in zip(upper.model.named_parameters(), after.model.parameters(), strict=True) if not torch.equal(a, b)]
-    assert changed and all(name.startswith(("layers.3", "norm")) for name in changed)
-
-
-def test_steps_replace_epochs(tiny_llama: Path, tmp_path: Path) -> None:
-    record = train(config(tmp_path, tiny_llama, steps=6, epochs=50), lists(), progress=False)
-    assert record["steps"] == 6 and [row["epoch"] for row in log(tmp_path / "out")] == [0, 0, 0, 0, 1, 1]
-
-
-def test_temperatures_are_chosen_by_the_kind_of_scores(tiny_llama: Path) -> None:
-    from repro.recipe import COSINE, chosen_settings
-
-    raw, cosine = BiEncoder.load(tiny_llama, device="cpu"), BiEncoder.load(tiny_llama, device="cpu", normalise=True)
-    for loss in LOSSES:
-        told = [chosen_settings(TrainConfig(loss=loss), encoder, 32) for encoder in (raw, cosine)]
-        assert [(row["temperature"], row["label_temperature"]) for row in told] == [(1.0, 1.0), COSINE[loss]]
-    asked = chosen_settings(TrainConfig(loss="kl", temperature=0.7, label_temperature=0.3, epochs=4), cosine, 32)
-    assert (asked["temperature"], asked["label_temperature"], asked["steps"]) == (0.7, 0.3, 8)
-    with pytest.raises(TrainError, match="loss: expected one of infonce, kl"):
-        chosen_settings(TrainConfig(loss="hinge"), cosine, 32)
+    torchrun("-m", "repro.train", *options, "--chunk", "4", "--out", str(tmp_path / "two"))
+    assert len(losses(tmp_path / "two")) == 8 and losses(tmp_path / "two") == pytest.approx(
+        losses(tmp_path / "one"), abs=1e-4
+    )
+    assert json.loads((tmp_path / "two" / "train.json").read_text())["ranks"] == 2
+    assert [item.id for item in load_lists([tmp_path / "lists.jsonl"])] == [
+        item.id for item in graded_lists()
+    ]

@@ -1,0 +1,195 @@
+"""How fast the kit is: ratios, each against a peer that takes turns with it in the same run.
+
+    python tests/bench/bench.py [--only losses training encoding generation search] [--data FOLDER] [--quick]
+
+Both sides get the same texts, lengths, batch, number format and threads (OMP_NUM_THREADS) and a turn to warm
+up; a ratio is the median over 5 turns.  The rows go to bench.json of the results; another machine's leave it.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import datasets
+import numpy as np
+import pytrec_eval
+import sentence_transformers as st
+import torch
+import transformers
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from repro import checkpoints, data, encoder, evaluate, files, generate, losses, metrics, prompts, train  # noqa: E402
+
+OUT = Path(losses.__file__).parent / "experiment" / "results" / "bench.json"
+COLUMNS = ("what", "format", "peer", "unit", "ours", "peer's", "ratio", "goal", "note")
+MODEL, HEAT = "all-minilm-l6-v2", {"temperature": 0.05, "label_temperature": 0.3}
+NATIVE = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # else only emulated
+QUICK = "--quick" in sys.argv
+TURNS = 2 if QUICK else 5
+Row, Work = dict[str, Any], Callable[[], Any]
+
+
+def row(
+    what: str, peer: str, unit: str, units: float, ours: Work, theirs: Work, goal: Any = "", *,
+    form: str = "float32", share: float = 1, note: str = "",
+) -> Row:  # fmt: skip
+    """Time both in turns.  A call of ours does so many units, one of the peer's a `share` of them."""
+    rates = []
+    for _ in range(TURNS + 1):
+        times = [time.perf_counter()]
+        for work in (ours, theirs):
+            work()
+            times.append(time.perf_counter())
+        rates.append((units / (times[1] - times[0]), share * units / (times[2] - times[1])))
+    a, b = (float(f"{median(side):.4g}") for side in zip(*rates[1:], strict=True))
+    ratio = round(median(a / b for a, b in rates[1:]), 2)
+    return dict(zip(COLUMNS, (what, form, peer, unit, a, b, ratio, goal, note), strict=True))
+
+
+def released(scores: Tensor, labels: Tensor) -> Tensor:
+    """The released eigenvalue form, from its formula: (N, N) covariances, eigenvalues of a (B, B) product."""
+    p, t = (torch.softmax(x, 1).double() for x in (scores, labels))
+    a, c, n = p - p.mean(0), t - t.mean(0), max(len(p) - 1, 1)
+    cross = (torch.linalg.eigvals((a @ c.T / n) @ (c @ a.T / n)) + 1e-15).sqrt().abs().sum()
+    return ((p.mean(0) - t.mean(0)) ** 2).sum() + torch.trace(a.T @ a / n + c.T @ c / n) - 2 * cross
+
+
+def bench_losses(collection: str) -> Iterator[Row]:
+    labels, count = losses.expand_labels(torch.tensor([[3.0, 2, 1, 0]]).repeat(64, 1)), 5 if QUICK else 200
+    scores = torch.randn(labels.shape, requires_grad=True)
+
+    def calls(loss: Callable[..., Tensor]) -> list[Any]:
+        return [torch.autograd.grad(loss(scores, labels), scores) for _ in range(count)]
+
+    for name, goal in (("wasserstein_gaussian", 3), ("wasserstein_1d", 8), ("kl", "")):
+        works = partial(calls, losses.LOSSES[name]), partial(calls, released)
+        yield row(f"{name}, B 64, N 256", "released eigenvalue form", "calls/s", count, *works, goal)
+
+
+def bench_training(collection: str) -> Iterator[Row]:
+    lists = data.load_lists([files.AUTHORED])[: 16 if QUICK else 96]
+    texts = [{"query": a.query, **dict(zip("3210", a.passages, strict=True))} for a in lists]
+    rows = datasets.Dataset.from_list([x | {"label": a.grades} for x, a in zip(texts, lists, strict=True)])
+    ours = encoder.BiEncoder.load(MODEL, "cpu", "float32")
+    model = st.SentenceTransformer(checkpoints.resolve(MODEL)[0], device="cpu")
+    tokens = sum(map(len, ours.tokenise([text for x in texts for text in x.values()])))
+
+    class InBatch(torch.nn.Module):
+        def forward(self, features: list[dict[str, Tensor]], labels: Tensor) -> Tensor:
+            queries, *passages = (model(part)["sentence_embedding"] for part in features)
+            scores = queries @ torch.stack(passages, 1).flatten(0, 1).T  # (B, B*k)
+            return losses.kl(scores, losses.expand_labels(labels), **HEAT)
+
+    # A token costs 6 FLOP a weight; attention's own products, 3 % at these lengths, are not counted.
+    flop = 6 * sum(p.numel() for key, p in ours.model.named_parameters() if "embeddings" not in key)
+    common = {
+        "per_device_train_batch_size": 16,
+        "num_train_epochs": 1,
+        "learning_rate": 1e-5,
+        "use_cpu": True,
+    }
+    common |= {"weight_decay": 0.01, "warmup_steps": 0.05, "optim": "adamw_torch", "report_to": "none"}
+    common |= {"save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
+    for form, goal in (("float32", 1.5), ("bfloat16", 2))[: 1 + NATIVE]:
+        config = train.TrainConfig(loss="kl", lr=1e-5, dtype=form, device="cpu", **HEAT)
+        with tempfile.TemporaryDirectory() as folder:
+            options = st.SentenceTransformerTrainingArguments(folder, bf16=form == "bfloat16", **common)
+            peer = st.SentenceTransformerTrainer(model, options, rows, loss=InBatch())
+            works, name = (partial(train.train_encoder, ours, lists, config), peer.train), type(peer).__name__
+            made = row(
+                f"training {MODEL}, 16 lists a batch", name, "tokens/s", tokens, *works, goal, form=form
+            )
+        product = partial(torch.matmul, *torch.randn(2, 2048, 2048).to(getattr(torch, form)))
+        most = row("one product", "itself", "FLOP/s", 2 * 2048**3, product, product)["ours"]
+        yield made | {"note": f"{flop * made['ours'] / most:.0%} of the FLOP/s of one large product"}
+
+
+def bench_encoding(collection: str) -> Iterator[Row]:
+    corpus, queries, qrels = data.load_beir(collection)
+    judged = dict(sorted(qrels.items())[: 2 if QUICK else 4])
+    passages = {pid: corpus[pid] for grades in judged.values() for pid in grades}
+    texts, what = list(passages.values()), f"encoding {len(passages)} passages of {Path(collection).name}"
+    full, half = (encoder.BiEncoder.load(MODEL, "cpu", form) for form in ("float32", "bfloat16"))
+    peer = st.SentenceTransformer(checkpoints.resolve(MODEL)[0], device="cpu")
+    ours, theirs, brief = (partial(model.encode, texts, batch_size=32) for model in (full, peer, half))
+    note = f"largest difference {np.abs(full.encode(texts[:64]).numpy() - peer.encode(texts[:64])).max():.0e}"
+    size = ("passages/s", len(texts))
+    yield row(what, "SentenceTransformer.encode", *size, ours, theirs, 1.4, note=note)
+    if NATIVE:
+        scored = [evaluate.evaluate_model(model, passages, queries, judged) for model in (half, full)]
+        gain = scored[0]["metrics"]["ndcg@10"] - scored[1]["metrics"]["ndcg@10"]
+        yield row(what, "float32", *size, brief, ours, 3, form="bfloat16", note=f"nDCG@10 {gain:+.4f}")
+
+
+def bench_generation(collection: str) -> Iterator[Row]:
+    (new, count), empty = (4, 6) if QUICK else (24, 48), {"neighbour": "", "unrelated": ""}
+    asked = [item.query for item in data.load_lists([files.AUTHORED])[:count]]
+    chats = [prompts.messages("by-level", (3,), query, empty) for query in asked]
+    jobs, sampling = [(chat, str(n)) for n, chat in enumerate(chats)], generate.Sampling(max_new_tokens=new)
+    mine, auto = generate.LocalGenerator("smollm2-135m", "cpu", "float32"), transformers.AutoModelForCausalLM
+    mine.model.generation_config.min_new_tokens = new  # no reply ends early, on either side
+    mine.tokenizer.padding_side, mine.tokenizer.pad_token = "left", mine.tokenizer.eos_token
+    model = checkpoints.load_pretrained("smollm2-135m", auto, dtype=torch.float32).eval()
+    options = {"temperature": 0.7, "top_p": 0.9, "top_k": 50, "max_new_tokens": new, "min_new_tokens": new}
+    pipe = transformers.pipeline("text-generation", model=model, tokenizer=mine.tokenizer)
+    pipe = partial(pipe, **options, do_sample=True, return_full_text=False)
+    parts = iter([chats[n :: TURNS + 1] for n in range(TURNS + 1)])  # one by one: another part each turn
+    what, ours = f"generation, {count} prompts, {new} new tokens", partial(mine.reply, jobs, sampling, id)
+    one, size = lambda: pipe(next(parts)), ("tokens/s", count * new)
+    yield row(what, "pipeline, one by one", *size, ours, one, 5, share=1 / (TURNS + 1))
+    yield row(what, f"pipeline, batch {count}", *size, ours, partial(pipe, chats, batch_size=count), 1)
+
+
+def bench_search(collection: str) -> Iterator[Row]:
+    rng, folder = np.random.default_rng(0), tempfile.TemporaryDirectory()
+    asked = torch.from_numpy(rng.standard_normal((43, 384), np.float32))
+
+    def run(find: Work, score: Callable[[metrics.Run], Any]) -> None:
+        rows = zip(map(str, range(43)), *(found.tolist() for found in find()), strict=True)
+        score({q: dict(zip(map(str, found), values, strict=True)) for q, values, found in rows})
+
+    for n, k in ((22_917, 1000), (20_000 if QUICK else 1_000_000, 100)):
+        matrix = np.memmap(Path(folder.name) / str(n), np.float32, "w+", shape=(n, 384))
+        for block in np.array_split(matrix, 50):
+            block[:] = rng.standard_normal(block.shape, np.float32)
+        judged = {str(q): {str(p): int(p) % 4 for p in rng.integers(0, n, 200)} for q in range(43)}
+        trec = pytrec_eval.RelevanceEvaluator(judged, {"ndcg_cut.10", "recip_rank", "recall.100"})
+        try:
+            import faiss
+
+            (index := faiss.IndexFlatIP(384)).add(matrix)
+            peer, find = "faiss IndexFlatIP, pytrec_eval", partial(index.search, asked.numpy(), k)
+        except ImportError:
+            peer, whole = "torch product and topk, pytrec_eval", torch.from_numpy(matrix).T
+            find = lambda whole=whole, k=k: (asked @ whole).topk(k)  # noqa: E731
+        ours = partial(run, partial(evaluate.search, asked, matrix, k), partial(metrics.evaluate, judged))
+        theirs, what = partial(run, find, trec.evaluate), f"search and metrics, {n:,} x 384, {k} found"
+        yield row(what, peer, "queries/s", 43, ours, theirs, 1)
+
+
+def main() -> None:
+    parts = {key[6:]: part for key, part in globals().items() if key.startswith("bench_")}
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--only", nargs="+", choices=parts, default=list(parts))
+    parser.add_argument("--data", default="sample", help="collection whose judged passages are encoded")
+    parser.add_argument("--quick", action="store_true", help="small sizes, 2 turns, nothing is written")
+    a, here = parser.parse_args(), checkpoints.machine("cpu")
+    old = json.loads(OUT.read_text(encoding="utf-8")) if OUT.exists() else {}
+    rows = {tuple(r.values())[:3]: r for r in old.get("rows", []) if old["machine"] == here}
+    for new in (new for part in a.only for new in parts[part](a.data)):
+        print(*new.values(), sep="  ", flush=True)
+        rows[tuple(new.values())[:3]] = new
+        if not QUICK:
+            files.write_json(OUT, {"machine": here, "rows": list(rows.values())})
+
+
+if __name__ == "__main__":
+    main()

