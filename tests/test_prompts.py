@@ -1,126 +1,174 @@
-"""The prompts: levels, plans, what is drawn for the lower levels, the hash, the example."""
+"""The prompts and the parser: plans, hashes, accepted forms, refusals with reasons, mutated replies."""
 
 import json
+import random
 import re
-from pathlib import Path
+import time
 
 import pytest
 
 from repro import prompts
-from repro.prompts import (
-    ReplyError,
-    calls,
-    draw,
-    grades,
-    kind_of,
-    messages,
-    parse_reply,
-    prompt_sha256,
-    read_reply,
-    topic,
-)
+from repro.prompts import ReplyError, parse_reply, read_reply
 
 GOOD = {3: "alpha one", 2: "beta two", 1: "gamma three", 0: "delta four"}
+NAMES = {3: "Perfectly relevant three", 2: "Highly relevant two", 1: "Related one", 0: "Irrelevant zero"}
+TEXTS = {str(level): text for level, text in GOOD.items()}
+JSON = json.dumps(TEXTS)
 DRAWN = {"neighbour": "the history of bread", "unrelated": "why is the sky blue"}
-JSON = json.dumps({str(level): text for level, text in GOOD.items()})
 
 
-@pytest.mark.parametrize("count", [2, 3, 4, 5])
-@pytest.mark.parametrize("plan", prompts.PLANS)
-@pytest.mark.parametrize("example", [False, True])
-def test_every_plan_asks_for_every_level_once(plan, count, example):
-    asked = calls(plan, count)
-    assert (
-        [level for levels in asked for level in levels]
-        == list(range(count - 1, -1, -1))
-        == list(grades(count))
-    )
-    for levels in asked:
-        chat = messages(plan, levels, "why do cats purr", DRAWN, {count - 1: "BEST PASSAGE"}, count, example)
-        roles = [turn["role"] for turn in chat]
-        assert roles == ["system"] + ["user", "assistant"] * example + ["user"]
-        assert (
-            not any("{" in turn["content"] and "}" in turn["content"] for turn in chat)
-            or plan == "all-levels"
-        )
-        last = chat[-1]["content"]
-        if plan == "all-levels":
-            assert "why do cats purr" in last and all(f"\n{level} " in last for level in levels)
-            if example:
-                assert list(parse_reply(chat[2]["content"], levels)) == list(levels)
-        else:
-            kind = kind_of(levels[0], count)
-            assert ("why do cats purr" in last) == (kind == "exact")
-            assert (DRAWN["unrelated"] in last) == (kind == "other")
-            assert ("BEST PASSAGE" in last) == (plan == "from-answer" and kind == "partial")
+def lines(form, order=(3, 2, 1, 0)):
+    """A line a level: {0} its number, {1} its text, {2} its meaning, {3} its number as a word."""
+    return "\n".join(form.format(n, GOOD[n], *NAMES[n].rsplit(" ", 1)) for n in order)
 
 
-def test_level_meanings_follow_the_count():
-    assert [kind_of(level, 4) for level in grades(4)] == ["exact", "partial", "related", "other"]
-    assert [kind_of(level, 2) for level in grades(2)] == ["exact", "other"]
-    for bad in (0, 1, 6, True):
-        with pytest.raises(ValueError, match="expected 2, 3, 4 or 5"):
-            grades(bad)
+LINES = "Level {0}: {1}|{0}. {1}\n|({0}) - {1}|[{0}] {1}|**[{0}]** {1}|- [Level {0}] {1}|**{0}** {1}|{2}: {1}"
+LINES += "|**Level {0}:** {1}|## Level {0}\n\n{1}\n|Grade {3}: {1}|{0}. {2}: {1}|  Level {0} :   {1}\t\n"
+FORMS = [lines(form) for form in LINES.split("|")]
+FORMS += [lines("Level {0}: {1}", order) for order in ((0, 1, 2, 3), (3, 2, 1, 0, 3))]  # 3 twice, but alike
+FORMS += [
+    JSON,
+    JSON[:-1] + ",}",
+    JSON[:-1],
+    str(TEXTS),
+    str(GOOD),
+    f"Sure:\n```json\n{JSON}\n```\nIs {{it}} good?",
+]
+FORMS += [
+    json.dumps({"query": "q", "passages": TEXTS}, indent=4),
+    json.dumps({"4": "one too many", **{str(n): GOOD[n] for n in (1, 3, 0, 2)}}),
+    json.dumps([{"level": level, "passage": text} for level, text in GOOD.items()]),
+    "\n".join(json.dumps({"grade": str(level), "text": text}) for level, text in GOOD.items()),
+    json.dumps({"Level 3": GOOD[3], "two": GOOD[2], "grade_1": GOOD[1], "irrelevant": GOOD[0]}),
+    json.dumps({f"{level} (as asked)": text for level, text in GOOD.items()}),
+]
+REFUSED = {
+    "": "empty",
+    " \n\t": "empty",
+    "I cannot help with that.": "no level found",
+    '{"3": "alpha", "2": "beta", "1": "gam': "levels 1, 0 missing",
+    '{"3": "a", "3": "b", "2": "c", "1": "d", "0": "e"}': "level 3: stands there twice",
+    "Level 3: a\nLevel 3: b\nLevel 2: c\nLevel 1: d\nLevel 0: e": "level 3: stands there twice",
+    '{"3": "...", "2": "b", "1": "c", "0": "d"}': "level 3: the passage is empty",
+    "Level 3: a\nLevel 2:\nLevel 1: c\nLevel 0: d": "level 2: the passage is empty",
+    '{"3": 7, "2": "b", "1": "c", "0": "d"}': "level 3: expected text, found int",
+    '{"3": {"a": 1}, "2": "b", "1": "c", "0": "d"}': "level 3: expected text, found an object",
+    "3] a\n2] b\n1] c\n0] d": "no level found",
+    "x" * (prompts.LONGEST_REPLY + 1): "characters",
+    '{"a":' * 3000: "no level found",
+    '{"3":' + "9" * 5000 + "}": "missing|no level found",
+}
 
 
-def test_hash_changes_with_the_text_and_nothing_else(monkeypatch):
-    known = {prompt_sha256(plan, n, e) for plan in prompts.PLANS for n in (2, 3, 4, 5) for e in (False, True)}
-    assert len(known) == 24 and all(re.fullmatch("[0-9a-f]{64}", text) for text in known)
-    before = {plan: prompt_sha256(plan) for plan in prompts.PLANS}
-    monkeypatch.setattr(prompts, "RETELL_ASK", "something else {answer}")
-    assert prompt_sha256("from-answer") != before["from-answer"]
-    assert (
-        prompt_sha256("by-level") == before["by-level"]
-        and prompt_sha256("all-levels") == before["all-levels"]
-    )
-    with pytest.raises(ValueError, match="plan: expected one of"):
-        prompt_sha256("other")
+@pytest.mark.parametrize("form", FORMS, ids=range(len(FORMS)))
+def test_accepted_forms(form):
+    found = parse_reply(form)
+    assert found == GOOD and list(found) == [3, 2, 1, 0] and all(type(level) is int for level in found)
 
 
-def test_draw_depends_on_seed_query_and_pool_alone():
+@pytest.mark.parametrize("reply", REFUSED, ids=range(len(REFUSED)))
+def test_refused_with_a_reason(reply):
+    with pytest.raises(ReplyError, match=REFUSED[reply]):
+        parse_reply(reply)
+
+
+def test_corners_of_the_parser():
+    quoted = parse_reply("{'3': 'it's here', '2': 'don't', '1': 'a', '0': 'b',}")
+    assert quoted == {3: "it's here", 2: "don't", 1: "a", 0: "b"}
+    prose = parse_reply("Level 3: It took\n12 days.\nLevel 2: b\nLevel 1: c\n5. is not asked for\nLevel 0: d")
+    assert prose == {3: "It took 12 days.", 2: "b", 1: "c 5. is not asked for", 0: "d"}
+    marked = '{"1": "```text\\n “x” \ud800 **a**``` \x00", "0": "b", "2": "c"}'
+    assert parse_reply(marked, (1, 0)) == {1: "“x” a", 0: "b"} and issubclass(ReplyError, ValueError)
+
+
+PIECES = [*"{}[]\"',:\\\n\r\x00\ud800\u202e\u2028", "9" * 4500, "[" * 3000, " " * 2000, "()" * 500]
+PIECES += '\\u|```|**|Level|Grade three:|3|-1|null|𝟛|\x1b[0m|NaN|{"3":|passages'.split("|")
+
+
+def mutate(reply, rng):
+    for _ in range(rng.randint(1, 5)):
+        i, j = sorted((rng.randrange(len(reply) + 1), rng.randrange(len(reply) + 1)))
+        piece, char = rng.choice(PIECES), chr(rng.choice([rng.randrange(128), rng.randrange(0x11000)]))
+        start, middle, end, old = reply[:i], reply[i:j], reply[j:], rng.choice("\"',:{}\n 0123")
+        changed = [start + end, start + middle + start, start + piece + middle + end, middle]
+        changed += [start + middle[::-1] + end, start + char + reply[i + 1 :], reply.replace(old, piece)]
+        reply = rng.choice([*changed, reply.swapcase(), reply + rng.choice(FORMS)]) or piece
+    return reply
+
+
+def test_ten_thousand_mutated_replies_are_passages_or_a_reason():
+    rng, outcomes, slowest = random.Random(7), {"passages": 0, "reason": 0}, 0.0
+    for _ in range(10_000):
+        reply, start = mutate(rng.choice(FORMS), rng), time.perf_counter()
+        for plan, asked in (("all-levels", (3, 2, 1, 0)), ("by-level", (2,))):
+            try:
+                found = read_reply(plan, asked, reply)
+            except ReplyError as error:
+                outcomes["reason"] += bool(str(error))
+                continue
+            outcomes["passages"] += tuple(found) == asked
+            for text in found.values():
+                assert text == " ".join(text.split()) and re.search(r"\w", text) and "```" not in text
+                text.encode("utf-8")  # no lone surrogates
+        slowest = max(slowest, time.perf_counter() - start)
+    assert min(outcomes.values()) > 1000 and sum(outcomes.values()) == 20_000 and slowest < 2.0, outcomes
+
+
+def test_long_runs_take_no_quadratic_time():
+    for unit in '1:\'|"3":"|**3** |level |{"3":|\t\n|\'1\' : |3)|>#*|(|['.split("|"):
+        start = time.perf_counter()
+        with pytest.raises(ReplyError):
+            parse_reply((unit * prompts.LONGEST_REPLY)[: prompts.LONGEST_REPLY])
+        assert time.perf_counter() - start < 5.0, unit
+
+
+def test_one_passage_is_cut_to_whole_sentences():
+    whole = "The river rises in the northern hills near the border. It then crosses a wide and empty plain."
+    for form in ("{}", "{} After that it meets the", "Here is a paragraph:\n\n{}", "```\n{}\n```"):
+        assert read_reply("by-level", (2,), form.format(whole)) == {2: whole}
+    sentences = " ".join(f"Sentence number {n} is about river{n} and town{n}." for n in range(30))
+    kept = read_reply("by-level", (2,), sentences)[2]
+    assert kept.endswith(".") and sentences.startswith(kept) and 82 <= len(kept.split()) <= 90
+    for text, reason in {
+        "No.": "found 1",
+        "word " * 50: "found 0",
+        "All rivers run. " * 9: "repeats",
+    }.items():
+        with pytest.raises(ReplyError, match=f"level 2: .*{reason}"):
+            read_reply("by-level", (2,), text)
+
+
+def test_plans_ask_for_every_level_once_and_their_hashes_are_the_committed_ones():
+    def ask(plan):
+        return [prompts.messages(plan, asked, "why do cats purr", DRAWN) for asked in prompts.calls(plan)]
+
+    (one,), texts = ([chat[1]["content"] for chat in ask(plan)] for plan in ("all-levels", "by-level"))
+    assert {turn["role"] for plan in prompts.PLANS for chat in ask(plan) for turn in chat} == {
+        "system",
+        "user",
+    }
+    assert "why do cats purr" in one and all(f"\n{level} " in one for level in GOOD) and JSON[:6] in one
+    assert ["why do cats purr" in text for text in texts] == [True, False, False, False]
+    assert [DRAWN["unrelated"] in text for text in texts] == [False, False, False, True]
+    hashes = {plan: prompts.prompt_sha256(plan)[:16] for plan in prompts.PLANS}
+    assert hashes == {"all-levels": "8ead06ef17f2865c", "by-level": "e7e6da8299730b78"}
+    with pytest.raises(ValueError, match="plan: expected one of all-levels, by-level"):
+        prompts.prompt_sha256("from-answer")
+
+
+def test_topics_and_what_is_drawn_for_the_lower_levels():
+    assert prompts.topic("how long does a sprained ankle take to heal") == "sprained ankle heal"
+    assert prompts.topic("usb-c vs. micro-usb") == "usb-c micro-usb"
+    assert all(prompts.topic(query) == query for query in ("what does it do", "日本の首都", "???"))
     pool = [
         "how long does bread dough rise",
         "why is the sky blue",
         "normal heart rate",
-        "capital city of mongolia",
+        "capital of mongolia",
     ]
-    first = draw(pool[0], pool, 1)
-    assert first == draw(pool[0], list(pool), 1)
-    assert len({json.dumps(draw(pool[0], pool, seed)) for seed in range(20)}) > 5
-    for seed in range(50):
-        drawn = draw(pool[0], pool, seed)
-        assert drawn["unrelated"] in pool[1:]  # never itself, never one that shares a content word
-        assert any(word in drawn["neighbour"].split() for word in ("bread", "dough", "rise"))
-    assert draw("lonely query", ["lonely query"], 3)["unrelated"] in prompts.UNRELATED
-    assert (
-        "the" not in draw("sky blue", ["the sky", "blue sea"], 0)["unrelated"].split()
-    )  # falls back: all share a word
-
-
-@pytest.mark.parametrize(
-    ("query", "content"),
-    [
-        ("how long does a sprained ankle take to heal", "sprained ankle heal"),
-        ("what does it do", "what does it do"),
-        ("usb-c vs. micro-usb", "usb-c micro-usb"),
-        ("日本の首都", "日本の首都"),
-        ("???", "???"),
-    ],
-)
-def test_topic(query, content):
-    assert topic(query) == content
-
-
-def test_read_reply_names_the_level():
-    with pytest.raises(ReplyError, match="level 2: expected 15 words"):
-        read_reply("by-level", (2,), "no")
-    assert read_reply("all-levels", (3, 2, 1, 0), JSON) == GOOD
-
-
-def test_the_example_is_no_query_of_the_kit():
-    lines = (Path(prompts.__file__).parent.parent / "cached_prompts" / "authored.jsonl").read_text(
-        encoding="utf-8"
-    )
-    assert prompts.EXAMPLE["query"] not in lines
-    for text in (prompts.EXAMPLE[kind] for kind in prompts.KINDS[5]):
-        assert 35 <= len(text.split()) <= 90
+    drawn = [prompts.draw(pool[0], pool, seed) for seed in range(50)]
+    assert drawn[1] == prompts.draw(pool[0], list(pool), 1) and len({str(one) for one in drawn}) > 5
+    for one in drawn:  # never itself, never one that shares a content word
+        assert one["unrelated"] in pool[1:] and set(one["neighbour"].split()) & {"bread", "dough", "rise"}
+    for query, few in (("lonely query", ["lonely query"]), ("sky blue", ["the sky", "blue sea"])):
+        assert prompts.draw(query, few, 0)["unrelated"] in prompts.UNRELATED
