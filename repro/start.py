@@ -31,7 +31,6 @@ SPAN = (2, 8)  # words in a cut: as many as a query has
 EPOCHS, BATCH, LR, TEMPERATURE = 3, 64, 3e-4, 0.05
 RECIPE = f"sif {SIF_A}, whitening {SOFTNESS}, cuts {SPAN}, {EPOCHS} x {BATCH} at {LR}, {TEMPERATURE}"
 
-
 def sif_weights(ids: Sequence[Sequence[int]], vocabulary: int, a: float = SIF_A) -> Tensor:
     """Smooth inverse frequency of each token, w = a / (a + p), p its share of all tokens: (V,).
 
@@ -39,7 +38,6 @@ def sif_weights(ids: Sequence[Sequence[int]], vocabulary: int, a: float = SIF_A)
     """
     counts = torch.bincount(torch.tensor([token for row in ids for token in row]), minlength=vocabulary)
     return a / (a + counts / counts.sum())
-
 
 def whitening(vectors: Tensor, softness: float = SOFTNESS) -> Tensor:
     """Soft ZCA whitening of (n, d) vectors, W = V (L + softness * mean(L))^(-1/2) V^T, |W|_F = sqrt(d).
@@ -53,7 +51,6 @@ def whitening(vectors: Tensor, softness: float = SOFTNESS) -> Tensor:
     w = directions @ torch.diag(scales) @ directions.T
     return (w * len(w) ** 0.5 / w.norm()).to(vectors.dtype)
 
-
 def cut_out(passages: Sequence[str], seed: int) -> list[str]:
     """A run of 2 to 8 neighbouring words out of each passage, drawn with the seed."""
     rng, cuts = random.Random(seed), []
@@ -63,7 +60,6 @@ def cut_out(passages: Sequence[str], seed: int) -> list[str]:
         first = rng.randrange(max(1, len(words) - count + 1))
         cuts.append(" ".join(words[first : first + count]))
     return cuts
-
 
 def warm_up(start: Tensor, cuts: Tensor, passages: Tensor, seed: int) -> Tensor:
     """Train the linear map `start` (m, d) so that cut i finds passage i in its batch; both (n, d), centred.
@@ -80,14 +76,12 @@ def warm_up(start: Tensor, cuts: Tensor, passages: Tensor, seed: int) -> Tensor:
         for rows in torch.randperm(len(passages), generator=order).split(size):
             if len(rows) == size:
                 short, long = (
-                    nn.functional.normalize(x[rows] @ w.T, dim=1) for x in (cuts, passages)
-                )  # (B, m)
+                    nn.functional.normalize(x[rows] @ w.T, dim=1) for x in (cuts, passages))  # (B, m)
                 infonce(short @ long.T, torch.eye(size), TEMPERATURE).backward()
                 optimiser.step()
                 optimiser.zero_grad()
                 schedule.step()
     return w.detach()
-
 
 def base_folder(encoder_class: Any) -> Path:
     """The built-in encoder `base` as a folder in the cache, made once (two minutes on two cores).

@@ -1,13 +1,10 @@
 """Train a bi-encoder on graded lists with one of the four losses: one plain loop.
 
-    python -m repro.train --lists cached_prompts/authored.jsonl --loss wasserstein_1d --out runs/w1 --seed 0
-
-Each step embeds the queries and passages of `batch_size` lists, scores every query against every passage
-of the batch, and hands scores and grades to the loss.  Under `torchrun` each rank embeds its slice and the
-embeddings are gathered with gradient, so the loss always sees the whole batch.
-
-OUT becomes a sentence-transformers folder with `train.json` (settings, versions, minutes) and `log.jsonl`
-(a line a step).  Until then all lies in OUT.partial; after a kill the same command goes on from there.
+Each step embeds the queries and passages of `batch_size` lists, scores every query against every passage of
+the batch, and hands scores and grades to the loss.  Under `torchrun` the ranks share the embedding, and the
+loss always sees the whole batch.  OUT becomes a sentence-transformers folder with `train.json` (settings,
+versions, minutes) and `log.jsonl` (a line a step); until then all lies in OUT.partial, and after a kill the
+same command goes on from there.
 """
 
 import dataclasses
@@ -46,22 +43,18 @@ from repro.files import AUTHORED, check_new_folder, ending, locked, same_run, wr
 from repro.losses import LOSSES, expand_labels
 
 # (temperature, label temperature) for cosine scores: of each loss's best trial on the label-free start.
-COSINE = {"infonce": (0.1, 1.0), "kl": (0.2, 1.0), "wasserstein_1d": (0.05, 0.3)}
-COSINE["wasserstein_gaussian"] = (0.2, 1.0)
+COSINE = dict(zip(LOSSES, ((0.1, 1.0), (0.2, 1.0), (0.05, 0.3), (0.2, 1.0)), strict=True))
 CHOICES = {"loss": tuple(LOSSES), "order": (1, 2), "axis": ("grade", "gain"), "target": ("all", "own")}
 CHOICES["recipe"] = (*RECIPES, "real")
 ABOVE_0 = "epochs steps batch_size accumulate lr temperature label_temperature clip chunk checkpoint_every"
 Lists = Sequence[GradedList]
 Row = dict[str, float]
 
-
 @dataclass
 class TrainConfig:
     """What a run is made of.  None means: by the kind of encoder (`filled`), and written to train.json."""
 
-    lists: list[str] = field(
-        default_factory=list
-    )  # caches, BEIR folders, hub ids; none: the kit's authored lists
+    lists: list[str] = field(default_factory=list)  # caches, BEIR folders, hub ids; none: authored.jsonl
     queries: str | None = None  # folder or hub id with the texts of the lists' queries, where they have none
     recipe: str = "graded"  # graded, binary, ends, merged (repro/data.py), or real: only the lists of --real
     real: str | None = None  # collection whose judged passages join the lists (k = 7)
@@ -114,12 +107,10 @@ class TrainConfig:
             raise ValueError(f"ignore_between: belongs to infonce, got {self.loss}")
         pick_dtype(self.dtype)
 
-
 def filled(config: TrainConfig, encoder: BiEncoder, lists: int, ranks: int = 1) -> TrainConfig:
     """The config with numbers for all that it leaves to the kind of encoder and the number of lists.
 
-    Raises ValueError if the batch does not fit the ranks.  If there are fewer lists than a batch has, the
-    batch is all of them, and stderr says so.
+    ValueError if the batch does not fit the ranks.  With too few lists a batch is smaller; stderr says so.
     """
     if config.batch_size % ranks or lists < ranks:
         raise ValueError(f"batch_size: expected a multiple of {ranks} ranks, and so many lists, got {lists}")
@@ -134,17 +125,11 @@ def filled(config: TrainConfig, encoder: BiEncoder, lists: int, ranks: int = 1) 
     values = {key: value for key, value in defaults.items() if getattr(config, key) is None}
     return dataclasses.replace(config, batch_size=size, **values)
 
-
 def loss_function(config: TrainConfig) -> Callable[..., Tensor]:
     """The loss that a filled config names, with its options bound: (scores, labels, mask=) -> scalar."""
-    if config.loss == "infonce":
-        return partial(
-            LOSSES["infonce"], temperature=config.temperature, ignore_between=config.ignore_between
-        )
-    line = {"order": config.order, "axis": config.axis} if config.loss == "wasserstein_1d" else {}
-    warmth = {"temperature": config.temperature, "label_temperature": config.label_temperature}
-    return partial(LOSSES[config.loss], **warmth, **line)
-
+    names = {"infonce": ("ignore_between",), "wasserstein_1d": ("label_temperature", "order", "axis")}
+    names = ("temperature", *names.get(config.loss, ("label_temperature",)))
+    return partial(LOSSES[config.loss], **{name: getattr(config, name) for name in names})
 
 def training_lists(config: TrainConfig) -> list[GradedList]:
     """The lists that a config names, in the shape of its recipe, with the real passages it asks for."""
@@ -154,15 +139,12 @@ def training_lists(config: TrainConfig) -> list[GradedList]:
     lists = recipe(load_lists(config.lists or [AUTHORED], config.queries), config.recipe, config.seed)
     return combine(lists, real) if real else lists
 
-
 def rank_and_ranks() -> tuple[int, int]:
     """(this process's number, how many there are)."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
-
-def batch_loss(
-    encoder: nn.Module, batch: Batch, loss: Callable[..., Tensor], own: bool = False, chunk: int | None = None
-) -> Tensor:
+def batch_loss(encoder: nn.Module, batch: Batch, loss: Callable, own: bool = False, chunk: int | None = None
+               ) -> Tensor:
     """Loss of one batch, computed by every rank on all of it, from embeddings that the ranks share out.
 
     Rank r embeds lists r*B/W ... (r+1)*B/W - 1.  The gather's backward sums the W ranks' equal gradients
@@ -182,19 +164,16 @@ def batch_loss(
     with torch.autocast(queries.device.type, enabled=False):
         scores = queries.float() @ passages.float().T  # (B, B*k)
         mask = None if batch.mask.all() else batch.mask.flatten().to(scores.device)  # (B*k,)
-        options = {"target_mask": expand_labels(batch.mask.float().to(scores.device)) > 0} if own else {}
+        options = {"target_mask": expand_labels(batch.mask.to(scores)) > 0} if own else {}
         return loss(scores, expand_labels(batch.labels.to(scores.device)), mask=mask, **options)
-
 
 def learning_rate(step: int, config: TrainConfig) -> float:
     """Linear warm-up over the first `warmup` share of the steps, then linear decay to 0; steps from 0."""
     rise = max(1, math.ceil(config.warmup * config.steps))
     return config.lr * min((step + 1) / rise, (config.steps - step) / max(1, config.steps - rise + 1))
 
-
-def fit(
-    model: nn.Module, lists: Lists, config: TrainConfig, optimiser: AdamW, first: int = 0
-) -> Iterator[Row]:
+def fit(model: nn.Module, lists: Lists, config: TrainConfig, optimiser: AdamW, first: int = 0
+        ) -> Iterator[Row]:
     """Train in place from step `first` on, with a filled config; yields step, epoch, loss, lr, grad_norm.
 
     An epoch is one pass in an order drawn from (seed, epoch); a last, smaller batch would be another
@@ -225,10 +204,8 @@ def fit(
         optimiser.zero_grad(set_to_none=True)
         yield row
 
-
-def train_encoder(
-    encoder: BiEncoder, lists: Lists, config: TrainConfig, work: Path | None = None, progress: bool = False
-) -> tuple[TrainConfig, list[Row], float]:
+def train_encoder(encoder: BiEncoder, lists: Lists, config: TrainConfig, work: Path | None = None,
+                  progress: bool = False) -> tuple[TrainConfig, list[Row], float]:
     """Train an encoder in place: (filled config, one row a step, minutes).
 
     With a folder `work`, a checkpoint is kept there, and training goes on from the one that is there.
@@ -267,7 +244,6 @@ def train_encoder(
     encoder.eval()
     return config, rows, (time.monotonic() - began) / 60
 
-
 def save_state(work: Path, rows: list[Row], seconds: float, optimiser: AdamW) -> None:
     """Weights, AdamW's moments and the log so far, in one safetensors file that is replaced whole."""
     tensors = {}
@@ -276,7 +252,6 @@ def save_state(work: Path, rows: list[Row], seconds: float, optimiser: AdamW) ->
         tensors |= {f"{key}.{n}": value.cpu().contiguous() for key, value in state.items()}
     save_file(tensors, work / "state.tmp", metadata={"rows": json.dumps(rows), "seconds": str(seconds)})
     os.replace(work / "state.tmp", work / "state.safetensors")
-
 
 def load_state(work: Path, optimiser: AdamW) -> tuple[list[Row], float]:
     """Put the last `save_state` back: (log so far, seconds spent), ([], 0.0) if there is none."""
@@ -290,7 +265,6 @@ def load_state(work: Path, optimiser: AdamW) -> tuple[list[Row], float]:
         state = {n: {key: file.get_tensor(f"{key}.{n}") for key in keys} for n in range(len(trainable))}
         optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
         return json.loads(file.metadata()["rows"]), float(file.metadata()["seconds"])
-
 
 def train(config: TrainConfig, lists: Lists | None = None, progress: bool = True) -> dict[str, Any]:
     """Train as the config says and write the model to `config.out`; returns what train.json holds.
@@ -339,7 +313,6 @@ def train(config: TrainConfig, lists: Lists | None = None, progress: bool = True
             shutil.rmtree(work)
     return record
 
-
 def main(argv: list[str] | None = None) -> int:
     """Command line: one option a field of TrainConfig; under torchrun one process a rank."""
 
@@ -365,7 +338,6 @@ def main(argv: list[str] | None = None) -> int:
                 dist.destroy_process_group()
 
     return ending(work)
-
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -30,14 +30,11 @@ WORDS = (
     "normal"
 ).split()
 TOPICS = (
-    "bread dough rise,moon tide,iron rust,coffee beans roast,engine oil change,cat sleep,sky blue,heart rate"
-)
-
+    "bread dough rise,moon tide,iron rust,coffee beans roast,engine oil change,cat sleep,sky blue,heart rate")
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "checkpoint: needs the built-in 135M model")
     config.addinivalue_line("markers", "network: talks to the package registry; SYCL_TEST_NETWORK=1 runs it")
-
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip `network` tests by default, and `checkpoint` tests unless the model is there or asked for."""
@@ -47,7 +44,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             for item in items:
                 if mark.lower() in item.keywords:
                     item.add_marker(pytest.mark.skip(reason=f"SYCL_TEST_{mark}=1 runs it"))
-
 
 def _save(folder: Path, model: torch.nn.Module) -> Path:
     """One token a word of WORDS; anything else is [UNK]."""
@@ -59,9 +55,7 @@ def _save(folder: Path, model: torch.nn.Module) -> Path:
     model.save_pretrained(folder)
     return folder
 
-
 SIZES = {"vocab_size": 3 + len(set(WORDS)), "hidden_size": 16, "intermediate_size": 32, "pad_token_id": 0}
-
 
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -70,7 +64,6 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 4}
     config = LlamaConfig(**SIZES, **heads, max_position_embeddings=128, eos_token_id=2, bos_token_id=2)
     return _save(tmp_path_factory.mktemp("tiny") / "llama", LlamaForCausalLM(config))
-
 
 @pytest.fixture(scope="session")
 def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -82,13 +75,11 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
         BertModel(BertConfig(**SIZES, **heads, max_position_embeddings=64)),
     )
 
-
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache folder for one test."""
     monkeypatch.setenv("SYCL_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
-
 
 def graded_lists(count: int = 16) -> list[GradedList]:
     """Queries about a topic; grade 3 holds all of its words, 2 the first, 1 the last, 0 another topic's."""
@@ -99,7 +90,6 @@ def graded_lists(count: int = 16) -> list[GradedList]:
         query = f"how {' '.join(words)} {'long' * (n // len(topics))}".strip()
         made.append(GradedList(f"l{n}", query, [*passages, f"the {' '.join(other)} of it"], [3, 2, 1, 0]))
     return made
-
 
 def write_lists(path: Path, count: int = 16) -> Path:
     """The same as a file for --lists."""

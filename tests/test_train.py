@@ -24,7 +24,6 @@ UNEVEN = [
     for n, x in enumerate(graded_lists())
 ]
 
-
 def config(folder: Path, model: Path, name: str = "out", **options) -> TrainConfig:
     settings = {
         "out": str(folder / name),
@@ -36,20 +35,16 @@ def config(folder: Path, model: Path, name: str = "out", **options) -> TrainConf
     }
     return TrainConfig(**{**settings, **options})
 
-
 def log(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
 
 def losses(folder: Path) -> list[float]:
     return [row["loss"] for row in log(folder)]
 
-
 @pytest.mark.parametrize("loss", LOSSES)
 def test_every_loss_goes_down_and_the_model_is_saved(loss: str, tiny_llama: Path, tmp_path: Path) -> None:
     record = train(
-        config(tmp_path, tiny_llama, loss=loss, temperature=0.5, epochs=8), graded_lists(), progress=False
-    )
+        config(tmp_path, tiny_llama, loss=loss, temperature=0.5, epochs=8), graded_lists(), progress=False)
     rows = losses(tmp_path / "out")
     assert len(rows) == record["steps"] == 32 and sum(rows[-4:]) < 0.8 * sum(rows[:4])
     before, after = BiEncoder.load(tiny_llama), BiEncoder.load(tmp_path / "out")
@@ -57,7 +52,6 @@ def test_every_loss_goes_down_and_the_model_is_saved(loss: str, tiny_llama: Path
     saved = json.loads((tmp_path / "out" / "train.json").read_text())
     assert saved["settings"]["loss"] == loss and saved["machine"]["torch"] == torch.__version__
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
 
 def test_training_ranks_the_grades(tiny_bert: Path, tmp_path: Path) -> None:
     train(
@@ -71,13 +65,11 @@ def test_training_ranks_the_grades(tiny_bert: Path, tmp_path: Path) -> None:
         right.append(sum(int(scores.argmax() == 0) for scores in ranked))
     assert right[1] >= 14 > right[0], right
 
-
 def test_same_seed_same_losses_other_seed_other_order(tiny_bert: Path, tmp_path: Path) -> None:
     """BERT has dropout, so this also checks that the random state is part of the seed."""
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         train(config(tmp_path, tiny_bert, name, seed=seed), graded_lists(), progress=False)
     assert losses(tmp_path / "a") == losses(tmp_path / "b") != losses(tmp_path / "c")
-
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_padding_chunks_and_accumulation(loss: str, tiny_llama: Path, tmp_path: Path) -> None:
@@ -87,9 +79,7 @@ def test_padding_chunks_and_accumulation(loss: str, tiny_llama: Path, tmp_path: 
     assert losses(tmp_path / "chunk") == pytest.approx(plain, abs=1e-4)
     # Two losses of 4 lists make one step: the loss's batch does not grow, their mean is what is logged.
     assert len(losses(tmp_path / "two")) == 2 and losses(tmp_path / "two")[0] != pytest.approx(
-        plain[0], abs=1e-6
-    )
-
+        plain[0], abs=1e-6)
 
 def test_options_reach_the_loss(tiny_llama: Path) -> None:
     encoder, batch = BiEncoder.load(tiny_llama, device="cpu"), collate(graded_lists(8))
@@ -107,9 +97,7 @@ def test_options_reach_the_loss(tiny_llama: Path) -> None:
             extra = {"label_temperature": 0.5} if loss != "infonce" else {}
             extra |= {"target_mask": own > 0} if "target" in options else options
             torch.testing.assert_close(
-                found, LOSSES[loss](scores, labels, 0.7, **extra), atol=1e-5, rtol=1e-4
-            )
-
+                found, LOSSES[loss](scores, labels, 0.7, **extra), atol=1e-5, rtol=1e-4)
 
 def test_weights_are_averaged_with_the_start(tiny_llama: Path, tmp_path: Path) -> None:
     for name, share in (("all", 1.0), ("half", 0.5), ("none", 0.0)):
@@ -121,7 +109,6 @@ def test_weights_are_averaged_with_the_start(tiny_llama: Path, tmp_path: Path) -
     assert torch.equal(rest[2], start) and not torch.equal(rest[0], start)
     torch.testing.assert_close(rest[1], (start + rest[0]) / 2)
 
-
 SLOW = """
 import sys, time
 from repro import train
@@ -130,28 +117,14 @@ train.batch_loss = lambda *args: time.sleep(0.15) or step(*args)
 sys.exit(train.main(sys.argv[1:]))
 """
 
-
 def test_killed_run_goes_on_to_the_same_weights_and_a_second_one_is_refused(
-    tiny_bert: Path, tmp_path: Path
-) -> None:
+        tiny_bert: Path, tmp_path: Path) -> None:
     options = [
-        "--lists",
-        str(write_lists(tmp_path / "lists.jsonl")),
-        "--model",
-        str(tiny_bert),
-        "--batch-size",
-        "4",
-    ]
+        "--lists", str(write_lists(tmp_path / "lists.jsonl")), "--model", str(tiny_bert), "--batch-size", "4"]
     options += ["--epochs", "4", "--lr", "5e-3", "--checkpoint-every", "2", "--device", "cpu"]
     assert main([*options, "--out", str(tmp_path / "whole")]) == 0
     command = [
-        sys.executable,
-        "-c",
-        SLOW,
-        *options,
-        "--out",
-        f"{tmp_path / 'killed'}/",
-    ]  # a slash does no harm
+        sys.executable, "-c", SLOW, *options, "--out", f"{tmp_path / 'killed'}/"]  # a slash does no harm
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, cwd=ROOT)
     state = tmp_path / "killed.partial" / "state.safetensors"
     deadline = time.monotonic() + 120
@@ -166,15 +139,10 @@ def test_killed_run_goes_on_to_the_same_weights_and_a_second_one_is_refused(
     weights = [BiEncoder.load(tmp_path / name).model.state_dict() for name in ("whole", "killed")]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
     assert sorted(p.name for p in tmp_path.iterdir() if p.name[0] != ".") == [
-        "killed",
-        "lists.jsonl",
-        "whole",
-    ]
-
+        "killed", "lists.jsonl", "whole"]
 
 def test_finished_and_foreign_folders(
-    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+        tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     first = train(config(tmp_path, tiny_llama), graded_lists(), progress=False)
     assert train(config(tmp_path, tiny_llama), graded_lists(), progress=False) == first
     assert "finished already" in capsys.readouterr().err
@@ -194,20 +162,16 @@ def test_finished_and_foreign_folders(
     with pytest.raises(ValueError, match="lists_sha256"):
         train(config(tmp_path, tiny_llama), graded_lists(15), progress=False)
     assert all(
-        (tmp_path / name / "thesis.txt").read_text() == "precious" for name in ("foreign", "mine.partial")
-    )
-
+        (tmp_path / name / "thesis.txt").read_text() == "precious" for name in ("foreign", "mine.partial"))
 
 BAD = "--lr 0|--lr inf|--lr nan|--epochs 0|--steps 0|--steps -5|--temperature 0|--label-temperature -1"
 BAD += "|--batch-size 0|--clip -1|--warmup nan|--warmup 2|--average 1.5|--checkpoint-every 0|--chunk 0"
 BAD += "|--accumulate 0|--freeze -1|--dtype int32|--order 3|--axis line|--loss hinge|--target none|--seed -1"
 BAD += "|--recipe mixed|--recipe real|--model no-such-model|--lists missing.jsonl|--device abacus"
 
-
 @pytest.mark.parametrize("options", BAD.split("|"))
 def test_bad_settings_are_one_sentence_before_any_work(
-    options: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+        options: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_lists(tmp_path / "lists.jsonl")
     assert main(["--lists", "lists.jsonl", "--model", "no-model", "--out", "x", *options.split()]) == 2
@@ -216,19 +180,15 @@ def test_bad_settings_are_one_sentence_before_any_work(
     assert (name in errors[0]) or options.split()[-1] in errors[0]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lists.jsonl"]
 
-
 def test_a_number_that_is_none_is_an_error(
-    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+        tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"step \d: the loss is nan"):
         train(config(tmp_path, tiny_llama, "a", lr=1e30), graded_lists(), progress=False)
     with pytest.raises(ValueError, match="a trained weight is not a finite number"):
-        train(config(tmp_path, tiny_llama, "b", lr=3e38, steps=1, warmup=0.0), graded_lists(), progress=False)
-
+        train(config(tmp_path, tiny_llama, "b", lr=1e20, weight_decay=1e20, steps=1), graded_lists(), progress=False)
 
 def test_what_is_left_open_is_filled_by_the_kind_of_encoder(
-    tiny_llama: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+        tiny_llama: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     raw, cosine = BiEncoder.load(tiny_llama, device="cpu"), BiEncoder.load(tiny_llama, device="cpu")
     cosine.normalise, cosine.projection = True, torch.nn.Parameter(torch.eye(16))
     for loss in LOSSES:
@@ -247,9 +207,7 @@ def test_what_is_left_open_is_filled_by_the_kind_of_encoder(
     after = BiEncoder.load(tmp_path / "out", device="cpu")
     assert not torch.equal(after.projection, cosine.projection)
     assert all(
-        torch.equal(a, b) for a, b in zip(raw.model.parameters(), after.model.parameters(), strict=True)
-    )
-
+        torch.equal(a, b) for a, b in zip(raw.model.parameters(), after.model.parameters(), strict=True))
 
 def test_autocast_leaves_pooling_and_scores_in_float32(tiny_bert: Path) -> None:
     encoder, seen = BiEncoder.load(tiny_bert, device="cpu").eval(), []
@@ -257,15 +215,12 @@ def test_autocast_leaves_pooling_and_scores_in_float32(tiny_bert: Path) -> None:
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             batch_loss(
-                encoder, collate(graded_lists(8)), lambda scores, labels, mask: seen.append(scores.detach())
-            )
+                encoder, collate(graded_lists(8)), lambda scores, labels, mask: seen.append(scores.detach()))
     exact, mixed = seen
     assert mixed.dtype == torch.float32 and not torch.equal(
-        exact, mixed
-    )  # the transformer did run in bfloat16
+        exact, mixed)  # the transformer did run in bfloat16
     assert not torch.equal(mixed, mixed.bfloat16().float())  # but the scores are not rounded to it
     torch.testing.assert_close(mixed, exact, atol=0.02, rtol=0)
-
 
 def test_learning_rate_warms_up_and_decays() -> None:
     rates = [learning_rate(step, TrainConfig(lr=1.0, steps=100)) for step in range(100)]
@@ -277,7 +232,6 @@ def test_learning_rate_warms_up_and_decays() -> None:
     )
     assert learning_rate(0, TrainConfig(lr=1.0, steps=1)) == 1.0
 
-
 TWO_RANKS = """
 import sys, torch, torch.distributed as dist
 from pathlib import Path
@@ -287,7 +241,6 @@ dist.init_process_group("gloo")
 torch.save(gradients(Path(sys.argv[2])), f"{sys.argv[3]}.{dist.get_rank()}")
 dist.destroy_process_group()
 """
-
 
 def gradients(model: Path) -> dict[str, torch.Tensor]:
     """Loss and parameter gradients of one batch of 8 uneven lists, on one process or under torchrun."""
@@ -299,10 +252,7 @@ def gradients(model: Path) -> dict[str, torch.Tensor]:
     value = batch_loss(wrapped, collate(UNEVEN[:8]), loss_function(settings))
     value.backward()
     return {
-        "loss": value.detach(),
-        **{n: p.grad for n, p in encoder.named_parameters() if p.grad is not None},
-    }
-
+        "loss": value.detach(), **{n: p.grad for n, p in encoder.named_parameters() if p.grad is not None}}
 
 def torchrun(*arguments: str) -> None:
     command = [
@@ -315,10 +265,8 @@ def torchrun(*arguments: str) -> None:
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [*command, *arguments], capture_output=True, text=True, timeout=300, env=environment, cwd=ROOT
-    )
+        [*command, *arguments], capture_output=True, text=True, timeout=300, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
-
 
 def test_two_ranks_give_the_gradients_of_one(tiny_bert: Path, tmp_path: Path) -> None:
     single = gradients(tiny_bert)
@@ -329,7 +277,6 @@ def test_two_ranks_give_the_gradients_of_one(tiny_bert: Path, tmp_path: Path) ->
         assert found.keys() == single.keys()
         for name in single:
             torch.testing.assert_close(found[name], single[name], atol=1e-5, rtol=1e-4)
-
 
 def test_command_under_torchrun_equals_one_process(tiny_llama: Path, tmp_path: Path) -> None:
     options = [
@@ -344,9 +291,7 @@ def test_command_under_torchrun_equals_one_process(tiny_llama: Path, tmp_path: P
     assert main([*options, "--out", str(tmp_path / "one")]) == 0
     torchrun("-m", "repro.train", *options, "--chunk", "4", "--out", str(tmp_path / "two"))
     assert len(losses(tmp_path / "two")) == 8 and losses(tmp_path / "two") == pytest.approx(
-        losses(tmp_path / "one"), abs=1e-4
-    )
+        losses(tmp_path / "one"), abs=1e-4)
     assert json.loads((tmp_path / "two" / "train.json").read_text())["ranks"] == 2
     assert [item.id for item in load_lists([tmp_path / "lists.jsonl"])] == [
-        item.id for item in graded_lists()
-    ]
+        item.id for item in graded_lists()]

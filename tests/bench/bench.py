@@ -36,11 +36,8 @@ QUICK = "--quick" in sys.argv
 TURNS = 2 if QUICK else 5
 Row, Work = dict[str, Any], Callable[[], Any]
 
-
-def row(
-    what: str, peer: str, unit: str, units: float, ours: Work, theirs: Work, goal: Any = "", *,
-    form: str = "float32", share: float = 1, note: str = "",
-) -> Row:  # fmt: skip
+def row(what: str, peer: str, unit: str, units: float, ours: Work, theirs: Work, goal: float | str = "", *,
+        form: str = "float32", share: float = 1, note: str = "") -> Row:  # fmt: skip
     """Time both in turns.  A call of ours does so many units, one of the peer's a `share` of them."""
     rates = []
     for _ in range(TURNS + 1):
@@ -53,14 +50,12 @@ def row(
     ratio = round(median(a / b for a, b in rates[1:]), 2)
     return dict(zip(COLUMNS, (what, form, peer, unit, a, b, ratio, goal, note), strict=True))
 
-
 def released(scores: Tensor, labels: Tensor) -> Tensor:
     """The released eigenvalue form, from its formula: (N, N) covariances, eigenvalues of a (B, B) product."""
     p, t = (torch.softmax(x, 1).double() for x in (scores, labels))
     a, c, n = p - p.mean(0), t - t.mean(0), max(len(p) - 1, 1)
     cross = (torch.linalg.eigvals((a @ c.T / n) @ (c @ a.T / n)) + 1e-15).sqrt().abs().sum()
     return ((p.mean(0) - t.mean(0)) ** 2).sum() + torch.trace(a.T @ a / n + c.T @ c / n) - 2 * cross
-
 
 def bench_losses(collection: str) -> Iterator[Row]:
     labels, count = losses.expand_labels(torch.tensor([[3.0, 2, 1, 0]]).repeat(64, 1)), 5 if QUICK else 200
@@ -72,7 +67,6 @@ def bench_losses(collection: str) -> Iterator[Row]:
     for name, goal in (("wasserstein_gaussian", 3), ("wasserstein_1d", 8), ("kl", "")):
         works = partial(calls, losses.LOSSES[name]), partial(calls, released)
         yield row(f"{name}, B 64, N 256", "released eigenvalue form", "calls/s", count, *works, goal)
-
 
 def bench_training(collection: str) -> Iterator[Row]:
     lists = data.load_lists([files.AUTHORED])[: 16 if QUICK else 96]
@@ -90,31 +84,25 @@ def bench_training(collection: str) -> Iterator[Row]:
 
     # A token costs 6 FLOP a weight; attention's own products, 3 % at these lengths, are not counted.
     flop = 6 * sum(p.numel() for key, p in ours.model.named_parameters() if "embeddings" not in key)
-    common = {
-        "per_device_train_batch_size": 16,
-        "num_train_epochs": 1,
-        "learning_rate": 1e-5,
-        "use_cpu": True,
-    }
-    common |= {"weight_decay": 0.01, "warmup_steps": 0.05, "optim": "adamw_torch", "report_to": "none"}
+    common = {"per_device_train_batch_size": 16, "num_train_epochs": 1, "warmup_steps": 0.05, "use_cpu": True}
+    common |= {"learning_rate": 1e-5, "weight_decay": 0.01, "optim": "adamw_torch", "report_to": "none"}
     common |= {"save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
+    what = f"training {MODEL}, 16 lists a batch"
     for form, goal in (("float32", 1.5), ("bfloat16", 2))[: 1 + NATIVE]:
         config = train.TrainConfig(loss="kl", lr=1e-5, dtype=form, device="cpu", **HEAT)
         with tempfile.TemporaryDirectory() as folder:
             options = st.SentenceTransformerTrainingArguments(folder, bf16=form == "bfloat16", **common)
             peer = st.SentenceTransformerTrainer(model, options, rows, loss=InBatch())
-            works, name = (partial(train.train_encoder, ours, lists, config), peer.train), type(peer).__name__
-            made = row(
-                f"training {MODEL}, 16 lists a batch", name, "tokens/s", tokens, *works, goal, form=form
-            )
+            peer.remove_callback(transformers.PrinterCallback)
+            works = partial(train.train_encoder, ours, lists, config), peer.train
+            made = row(what, type(peer).__name__, "tokens/s", tokens, *works, goal, form=form)
         product = partial(torch.matmul, *torch.randn(2, 2048, 2048).to(getattr(torch, form)))
         most = row("one product", "itself", "FLOP/s", 2 * 2048**3, product, product)["ours"]
         yield made | {"note": f"{flop * made['ours'] / most:.0%} of the FLOP/s of one large product"}
 
-
 def bench_encoding(collection: str) -> Iterator[Row]:
     corpus, queries, qrels = data.load_beir(collection)
-    judged = dict(sorted(qrels.items())[: 2 if QUICK else 4])
+    judged = dict(sorted(qrels.items())[: 2 if QUICK else 4])  # of dl19-pool: 993 passages
     passages = {pid: corpus[pid] for grades in judged.values() for pid in grades}
     texts, what = list(passages.values()), f"encoding {len(passages)} passages of {Path(collection).name}"
     full, half = (encoder.BiEncoder.load(MODEL, "cpu", form) for form in ("float32", "bfloat16"))
@@ -126,8 +114,8 @@ def bench_encoding(collection: str) -> Iterator[Row]:
     if NATIVE:
         scored = [evaluate.evaluate_model(model, passages, queries, judged) for model in (half, full)]
         gain = scored[0]["metrics"]["ndcg@10"] - scored[1]["metrics"]["ndcg@10"]
-        yield row(what, "float32", *size, brief, ours, 3, form="bfloat16", note=f"nDCG@10 {gain:+.4f}")
-
+        note = f"nDCG@10 {gain:+.4f}"
+        yield row(what, "ours in float32", *size, brief, ours, 3, form="bfloat16", note=note)
 
 def bench_generation(collection: str) -> Iterator[Row]:
     (new, count), empty = (4, 6) if QUICK else (24, 48), {"neighbour": "", "unrelated": ""}
@@ -146,7 +134,6 @@ def bench_generation(collection: str) -> Iterator[Row]:
     one, size = lambda: pipe(next(parts)), ("tokens/s", count * new)
     yield row(what, "pipeline, one by one", *size, ours, one, 5, share=1 / (TURNS + 1))
     yield row(what, f"pipeline, batch {count}", *size, ours, partial(pipe, chats, batch_size=count), 1)
-
 
 def bench_search(collection: str) -> Iterator[Row]:
     rng, folder = np.random.default_rng(0), tempfile.TemporaryDirectory()
@@ -174,7 +161,6 @@ def bench_search(collection: str) -> Iterator[Row]:
         theirs, what = partial(run, find, trec.evaluate), f"search and metrics, {n:,} x 384, {k} found"
         yield row(what, peer, "queries/s", 43, ours, theirs, 1)
 
-
 def main() -> None:
     parts = {key[6:]: part for key, part in globals().items() if key.startswith("bench_")}
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -184,12 +170,13 @@ def main() -> None:
     a, here = parser.parse_args(), checkpoints.machine("cpu")
     old = json.loads(OUT.read_text(encoding="utf-8")) if OUT.exists() else {}
     rows = {tuple(r.values())[:3]: r for r in old.get("rows", []) if old["machine"] == here}
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     for new in (new for part in a.only for new in parts[part](a.data)):
         print(*new.values(), sep="  ", flush=True)
         rows[tuple(new.values())[:3]] = new
         if not QUICK:
             files.write_json(OUT, {"machine": here, "rows": list(rows.values())})
-
 
 if __name__ == "__main__":
     main()
