@@ -74,42 +74,37 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def text_field(row: dict[str, Any], field: str, where: str, *, empty: bool = False) -> str:
     """The string in `row[field]`; an id may be a whole number.  ValueError naming `where` and the field."""
     value = row.get(field)
-    if isinstance(value, int) and not isinstance(value, bool) and field in ("_id", "id"):
+    if field in ("_id", "id") and type(value) is int:
         value = str(value)
-    if not isinstance(value, str):
+    if not isinstance(value, str) or not (empty or value.strip()):
         found = "no such field" if field not in row else f"{type(value).__name__} {value!r}"
         raise ValueError(f"{where}: field {field!r}: expected text, found {found}")
-    if not empty and not value.strip():
-        raise ValueError(f"{where}: field {field!r}: expected text, found it empty")
     return value
 
 def as_grade(value: Any, where: str) -> int:
     """A whole grade >= 0, from a number or from plain digits.  Raises ValueError naming `where` otherwise."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if isinstance(value, str) and re.fullmatch(r" *[0-9]{1,9} *", value) or (
-            is_number and 0 <= value < 1e9 and value == int(value)):
+    if isinstance(value, str) and re.fullmatch(" *[0-9]{1,9} *", value):
+        return int(value)
+    if isinstance(value, int | float) and not isinstance(value, bool) and value in range(10**9):
         return int(value)
     raise ValueError(f"{where}: expected a whole grade of 0 or more, found {value!r}")
 
 def checked_output(path: str | Path, own: Callable[[str], bool]) -> Path:
-    """The path of a file that may be written: new, this command's own, a device or a pipe.
+    """The path of a file that may be written: new, a device, or this command's `own` by its first line.
 
-    `own` tells by the first line whether a file that is there is this command's.  Raises ValueError for
-    somebody else's file, a folder, or a place that cannot be written; nothing is created.
+    Raises ValueError for somebody else's file, a folder, or a place that cannot be written; creates nothing.
     """
     path = Path(path).expanduser()
     try:
         if path.is_dir():
             raise ValueError(f"{path}: is a folder, expected the name of a file")
-        if path.exists() and not path.is_file():
-            return path
         if path.is_file():
             with open(path, encoding="utf-8", errors="replace") as file:
                 first = file.readline(10_000_000)
             if first and not own(first):
                 raise ValueError(f"{path}: exists and was not written by this command; name another file")
-        parent = next(folder for folder in path.resolve().parents if folder.exists())
-        tempfile.TemporaryFile(dir=parent).close()
+        if path.is_file() or not path.exists():
+            tempfile.TemporaryFile(dir=next(p for p in path.resolve().parents if p.exists())).close()
     except OSError as error:
         raise ValueError(f"{path}: cannot be written: {error.strerror}") from error
     return path
@@ -121,18 +116,18 @@ def writing(path: str | Path) -> Iterator[IO[str]]:
     A symlink stays one and its target is replaced; a device or a pipe takes the text as it comes.
     """
     path = Path(path).expanduser()
-    whole = path.is_file() or not path.exists()
-    target = path.resolve()
-    scratch = target.with_name(f".{target.name[:100]}.{os.getpid()}.tmp") if whole else path
-    scratch.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.is_file():
+        scratch = target = path
+    else:
+        target = path.resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = target.with_name(f".{target.name[:100]}.{os.getpid()}.tmp")
     try:
         with open(scratch, "w", encoding="utf-8", newline="\n") as sink:
             yield sink
-        if whole:
-            os.replace(scratch, target)
+        os.replace(scratch, target) if scratch != target else None
     finally:
-        if whole:
-            scratch.unlink(missing_ok=True)
+        scratch.unlink(missing_ok=True) if scratch != target else None
 
 @contextlib.contextmanager
 def locked(path: str | Path) -> Iterator[None]:
@@ -184,11 +179,10 @@ def same_run(path: Path, record: dict[str, Any]) -> dict[str, Any]:
     """What stands at `path`.  Raises ValueError naming the first setting in which that run differs."""
     try:
         there = json.loads(path.read_text(encoding="utf-8"))
-        theirs = {**there["settings"], "lists_sha256": there["lists_sha256"]}
+        theirs, ours = ({**run["settings"], "lists_sha256": run["lists_sha256"]} for run in (there, record))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path.parent}: exists and is no run of this command; name a new folder") from error
-    for key, value in {**record["settings"], "lists_sha256": record["lists_sha256"]}.items():
-        if theirs.get(key) != value:
-            found = f"{key} is {theirs.get(key)!r} there and {value!r} here"
-            raise ValueError(f"{path}: {found}; name a new folder or delete that one")
+    if other := [key for key in ours if theirs.get(key) != ours[key]]:
+        found = f"{other[0]} is {theirs.get(other[0])!r} there and {ours[other[0]]!r} here"
+        raise ValueError(f"{path}: {found}; name a new folder or delete that one")
     return there

@@ -1,9 +1,8 @@
-"""Make a retriever out of a language model's lower layers without any relevance label.
+"""`base`: a retriever out of a language model's lower layers, without any relevance label.
 
-Three steps, each on mean vectors that are computed once: weights that make rare tokens count more, a
-soft whitening that evens out the few directions which all texts share, and a short training of that
-linear map in which a few words cut out of a passage must find the passage again (the inverse cloze
-task, as in Contriever's making).  The result is `base`, where the label-free arms start.
+Weights that make rare tokens count more, a soft whitening that evens out the few directions which all texts
+share, and a short training of that linear map in which a few words cut out of a passage must find the passage
+again (the inverse cloze task, as in Contriever's making).
 """
 
 import hashlib
@@ -42,9 +41,8 @@ def sif_weights(ids: Sequence[Sequence[int]], vocabulary: int, a: float = SIF_A)
 def whitening(vectors: Tensor, softness: float = SOFTNESS) -> Tensor:
     """Soft ZCA whitening of (n, d) vectors, W = V (L + softness * mean(L))^(-1/2) V^T, |W|_F = sqrt(d).
 
-    V L V^T is the covariance.  Softness 0 gives every direction the same variance, noise included; a
-    large one gives the identity.  The scale, which cosine scores do not see, is the identity's, so that
-    learning rates keep their meaning.  Su et al. 2021 (arXiv 2103.15316) is softness 0 up to a rotation.
+    V L V^T is the covariance.  Softness 0 gives every direction the same variance, noise included (Su et al.
+    2021, arXiv 2103.15316, up to a rotation); a large one gives the identity, whose scale W has.
     """
     values, directions = torch.linalg.eigh(torch.cov(vectors.double().T))
     scales = (values.clamp(min=0) + softness * values.mean()).rsqrt()
@@ -64,7 +62,7 @@ def cut_out(passages: Sequence[str], seed: int) -> list[str]:
 def warm_up(start: Tensor, cuts: Tensor, passages: Tensor, seed: int) -> Tensor:
     """Train the linear map `start` (m, d) so that cut i finds passage i in its batch; both (n, d), centred.
 
-    InfoNCE on cosines, AdamW with linear decay.  Same seed, same result on the same machine.
+    InfoNCE on cosines, AdamW with linear decay.
     """
     w = start.clone().requires_grad_()
     size = min(BATCH, len(passages))
@@ -86,12 +84,10 @@ def warm_up(start: Tensor, cuts: Tensor, passages: Tensor, seed: int) -> Tensor:
 def base_folder(encoder_class: Any) -> Path:
     """The built-in encoder `base` as a folder in the cache, made once (two minutes on two cores).
 
-    The lower 6 of SmolLM2-135M's 30 layers; a mean over tokens weighted by inverse frequency, counted
-    on the authored passages, the start prompt left out; centred on the mean embedding of the authored
-    queries (a query's few tokens share more of the constant part than a passage's many); `whitening`
-    and `warm_up` of the linear map on the authored passages; cosine.  No relevance label and no real
-    document is used.  What it is made of was chosen on the authored lists and WikiQA's training questions.
-    `encoder_class` is `BiEncoder`, which stands behind this module.
+    The lower 6 of SmolLM2-135M's 30 layers; token weights counted on the authored passages; centred on the
+    mean of the authored queries (a query's few tokens share more of the constant part than a passage's many);
+    `whitening` and `warm_up` on the authored passages; cosine.  It was chosen on the authored lists and
+    WikiQA's training questions.  `encoder_class` is `BiEncoder`, which stands behind this module.
     """
     authored = hashlib.sha256(AUTHORED.read_bytes()).hexdigest()
     recipe = f"{CHECKPOINT} {LAYERS} {PROMPT!r} {RECIPE} {SEED} {authored}"

@@ -7,7 +7,6 @@ versions, minutes) and `log.jsonl` (a line a step); until then all lies in OUT.p
 same command goes on from there.
 """
 
-import dataclasses
 import hashlib
 import inspect
 import json
@@ -20,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,7 +45,10 @@ from repro.losses import LOSSES, expand_labels
 COSINE = dict(zip(LOSSES, ((0.1, 1.0), (0.2, 1.0), (0.05, 0.3), (0.2, 1.0)), strict=True))
 CHOICES = {"loss": tuple(LOSSES), "order": (1, 2), "axis": ("grade", "gain"), "target": ("all", "own")}
 CHOICES["recipe"] = (*RECIPES, "real")
-ABOVE_0 = "epochs steps batch_size accumulate lr temperature label_temperature clip chunk checkpoint_every"
+RANGES = (
+    ("epochs steps batch_size accumulate chunk checkpoint_every", 1, math.inf, "of 1 or more"),
+    ("lr temperature label_temperature clip", 5e-324, math.inf, "above 0"),
+    ("seed weight_decay freeze", 0, math.inf, "of 0 or more"), ("warmup average", 0, 1, "from 0 to 1"))
 Lists = Sequence[GradedList]
 Row = dict[str, float]
 
@@ -87,24 +89,19 @@ class TrainConfig:
     dtype: str = "auto"  # number format of the transformer's sums; weights stay float32
 
     def __post_init__(self) -> None:
-        """Refuse settings that have no meaning, in one sentence."""
         self.loss = self.loss.replace("-", "_")
         for name, allowed in CHOICES.items():
             if (value := getattr(self, name)) not in allowed:
                 raise ValueError(f"{name}: expected {' or '.join(map(str, allowed))}, got {value!r}")
-        ranges = {name: (5e-324, math.inf, "above 0") for name in ABOVE_0.split()}
-        ranges |= {name: (0, math.inf, "of 0 or more") for name in ("seed", "weight_decay", "freeze")}
-        ranges |= {name: (0, 1, "from 0 to 1") for name in ("warmup", "average")}
-        for name, (low, high, words) in ranges.items():
-            value = getattr(self, name)
-            if value is not None and not (low <= value <= high and math.isfinite(value)):
-                raise ValueError(f"{name}: expected a number {words}, got {value!r}")
+        for names, low, high, words in RANGES:
+            for name in names.split():
+                value = getattr(self, name)
+                if value is not None and not (low <= value <= high and math.isfinite(value)):
+                    raise ValueError(f"{name}: expected a number {words}, got {value!r}")
         if self.recipe == "real" and (self.lists or not self.real):
             raise ValueError("recipe real: expected --real and no --lists")
-        if self.target == "own" and self.loss == "infonce":
-            raise ValueError("target own: expected a loss with a target, got infonce")
-        if self.ignore_between and self.loss != "infonce":
-            raise ValueError(f"ignore_between: belongs to infonce, got {self.loss}")
+        if self.target == "own" if self.loss == "infonce" else self.ignore_between:
+            raise ValueError(f"target own and ignore_between: not for {self.loss}")
         pick_dtype(self.dtype)
 
 def filled(config: TrainConfig, encoder: BiEncoder, lists: int, ranks: int = 1) -> TrainConfig:
@@ -117,13 +114,13 @@ def filled(config: TrainConfig, encoder: BiEncoder, lists: int, ranks: int = 1) 
     size = min(config.batch_size, lists // ranks * ranks)
     if size < config.batch_size:
         print(f"only {lists} lists: a batch is {size} of them, not {config.batch_size}", file=sys.stderr)
+    epochs = config.epochs or (5 if encoder.frozen_whole else 1)
     temperature, label_temperature = COSINE[config.loss] if encoder.normalise else (1.0, 1.0)
     defaults = {"temperature": temperature, "label_temperature": label_temperature}
-    defaults["lr"] = 3e-4 if encoder.frozen_whole or config.freeze else 1e-5
-    defaults["epochs"] = epochs = config.epochs or (5 if encoder.frozen_whole else 1)
+    defaults |= {"lr": 3e-4 if encoder.frozen_whole or config.freeze else 1e-5, "epochs": epochs}
     defaults["steps"] = max(1, epochs * (lists // size) // config.accumulate)
     values = {key: value for key, value in defaults.items() if getattr(config, key) is None}
-    return dataclasses.replace(config, batch_size=size, **values)
+    return replace(config, batch_size=size, **values)
 
 def loss_function(config: TrainConfig) -> Callable[..., Tensor]:
     """The loss that a filled config names, with its options bound: (scores, labels, mask=) -> scalar."""
@@ -147,12 +144,11 @@ def batch_loss(encoder: nn.Module, batch: Batch, loss: Callable, own: bool = Fal
                ) -> Tensor:
     """Loss of one batch, computed by every rank on all of it, from embeddings that the ranks share out.
 
-    Rank r embeds lists r*B/W ... (r+1)*B/W - 1.  The gather's backward sums the W ranks' equal gradients
-    and DDP's mean divides by W, so the parameters get the gradients of one process.  `own`: only a query's
-    own passages carry target mass.
+    The gather's backward sums the W ranks' equal gradients and DDP's mean divides by W, so the parameters
+    get the gradients of one process.  `own`: only a query's own passages carry target mass.
     """
     (rank, ranks), (rows, k) = rank_and_ranks(), batch.labels.shape
-    mine = slice(rank * rows // ranks, (rank + 1) * rows // ranks)
+    mine = slice(rank * rows // ranks, (rank + 1) * rows // ranks)  # the lists of this rank
     present = batch.mask[mine].flatten()  # padding is not embedded
     texts = zip(batch.passages[mine.start * k : mine.stop * k], present.tolist(), strict=True)
     queries, found = encoder(batch.queries[mine], [text for text, real in texts if real], chunk=chunk)
@@ -176,8 +172,8 @@ def fit(model: nn.Module, lists: Lists, config: TrainConfig, optimiser: AdamW, f
         ) -> Iterator[Row]:
     """Train in place from step `first` on, with a filled config; yields step, epoch, loss, lr, grad_norm.
 
-    An epoch is one pass in an order drawn from (seed, epoch); a last, smaller batch would be another
-    loss and is left out.  Raises ValueError if the loss is not a finite number.
+    An epoch is a pass in an order drawn from (seed, epoch); a last, smaller batch, which would be another
+    loss, is left out.  Raises ValueError if the loss is not a finite number.
     """
     rank, ranks = rank_and_ranks()
     trainable = optimiser.param_groups[0]["params"]
@@ -208,8 +204,7 @@ def train_encoder(encoder: BiEncoder, lists: Lists, config: TrainConfig, work: P
                   progress: bool = False) -> tuple[TrainConfig, list[Row], float]:
     """Train an encoder in place: (filled config, one row a step, minutes).
 
-    With a folder `work`, a checkpoint is kept there, and training goes on from the one that is there.
-    Raises ValueError if a trained weight is not a finite number.
+    A folder `work` keeps a checkpoint, from which training goes on.  ValueError if a weight is not finite.
     """
     rank, ranks = rank_and_ranks()
     whole = encoder.model.config.num_hidden_layers if encoder.projection is not None else None
@@ -275,21 +270,18 @@ def train(config: TrainConfig, lists: Lists | None = None, progress: bool = True
     """
     rank, ranks = rank_and_ranks()
     out = Path(os.path.abspath(Path(config.out).expanduser()))
-    work = out.with_name(f"{out.name}.partial")
-    device = pick_device(config.device)
-    if not (out / "train.json").exists():
+    work, device = out.with_name(f"{out.name}.partial"), pick_device(config.device)
+    if not (finished := (out / "train.json").exists()):
         check_new_folder(out)
     lists = training_lists(config) if lists is None else lists
-    content = json.dumps([[item.id, item.query, item.passages, item.grades] for item in lists])
-    settings = dataclasses.asdict(config)
-    for key in ("out", "device", "checkpoint_every"):  # a run may move to another place
-        del settings[key]
+    place = ("out", "device", "checkpoint_every")  # a run may move to another one
+    settings = {key: value for key, value in asdict(config).items() if key not in place}
+    content = json.dumps([asdict(item) for item in lists]).encode()
     record: dict[str, Any] = {"settings": settings, "queries": len(lists)}
-    record["lists_sha256"] = hashlib.sha256(content.encode()).hexdigest()
-    if (out / "train.json").exists():
-        found = same_run(out / "train.json", record)
+    record["lists_sha256"] = hashlib.sha256(content).hexdigest()
+    if finished:
         print(f"{out}: finished already with these settings, nothing to do", file=sys.stderr)
-        return found
+        return same_run(out / "train.json", record)
     with locked(out) if rank == 0 else nullcontext():
         if work.exists() and any(work.iterdir()):
             same_run(work / "settings.json", record)
@@ -328,14 +320,12 @@ def main(argv: list[str] | None = None) -> int:
             if on_cuda:
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group("nccl" if on_cuda else "gloo")
-        try:
-            done = train(config)
-            if rank_and_ranks()[0] == 0:
-                spent = f"{done['steps']} steps on {done['queries']} lists in {done['minutes']:.1f} minutes"
-                print(f"{config.out}: {spent}")
-        finally:
-            if several:
-                dist.destroy_process_group()
+        done = train(config)
+        if rank_and_ranks()[0] == 0:
+            spent = f"{done['steps']} steps on {done['queries']} lists in {done['minutes']:.1f} minutes"
+            print(f"{config.out}: {spent}")
+        if several:
+            dist.destroy_process_group()
 
     return ending(work)
 

@@ -22,6 +22,7 @@ from repro.checkpoints import cached, fetch_wheel_model, find_file, load_pretrai
 from repro.encoder import BiEncoder
 from repro.files import checked_output, ending, locked, new_folder, one_line, writing
 
+
 def test_writing_is_whole_or_not_at_all_and_keeps_links_and_devices(tmp_path: Path) -> None:
     target, link = tmp_path / "target.txt", tmp_path / "link.txt"
     target.write_text("old")
