@@ -203,12 +203,21 @@ def test_what_is_left_open_is_filled_by_the_kind_of_encoder(
         graded_lists(6),
         progress=False,
     )
-    assert record["chosen"]["lr"] == 3e-4 and record["chosen"]["batch_size"] == 6 and record["steps"] == 5
+    assert record["chosen"]["lr"] == 4e-4 and record["chosen"]["batch_size"] == 6 and record["steps"] == 5
     assert "only 6 lists: a batch is 6 of them, not 16" in capsys.readouterr().err
     after = BiEncoder.load(tmp_path / "out", device="cpu")
     assert not torch.equal(after.projection, cosine.projection)
     assert all(
         torch.equal(a, b) for a, b in zip(raw.model.parameters(), after.model.parameters(), strict=True))
+
+def test_defaults_for_cosines_are_those_of_the_best_trials() -> None:
+    table = json.loads((ROOT / "repro" / "experiment" / "results" / "tuning.json").read_text())["base"]
+    arms = dict(zip(LOSSES, ("InfoNCE, all lower", "KL", "1-D W", "Gaussian W2"), strict=True))
+    usual = {"target": "all", "order": 1, "axis": "grade"}
+    for loss, arm in arms.items():
+        rows = [row for row in table[arm]["trials"] if all(row.get(k, v) == v for k, v in usual.items())]
+        best = max(rows, key=lambda row: row["ndcg@10"])
+        assert COSINE[loss] == (best["temperature"], best.get("label_temperature", 1.0))
 
 def test_autocast_leaves_pooling_and_scores_in_float32(tiny_bert: Path) -> None:
     encoder, seen = BiEncoder.load(tiny_bert, device="cpu").eval(), []
