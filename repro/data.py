@@ -1,8 +1,5 @@
-"""Collections and graded lists in, batches out.
-
-A collection is a BEIR folder or a hub id; a graded list is a query with passages and their grades; a recipe
-shapes lists into what a method is told. The first row that breaks the contract is a ValueError naming file,
-line and field, before anything long is read; what is left out is counted on stderr.
+"""Collections and graded lists in, batches out; recipes shape lists into what a method is told.
+The first bad row is a ValueError naming file, line and field; what is left out is counted on stderr.
 """
 
 import random
@@ -14,34 +11,28 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import hf_hub_download
+from torch.nn.utils.rnn import pad_sequence
 
 from repro.files import as_grade, one_line, read_jsonl, read_lines, text_field
 
 COLUMNS = ("query-id", "corpus-id", "score")
-RECIPES = {
-    "graded": "every passage with its own grade",
-    "binary": "the released synthetic binary: one positive drawn from grades 3 and 2, negatives 1 and 0",
-    "ends": "two grades: only the best and the worst passage, what a prompt for one of each would give",
-    "merged": "two grades by merging: 3 stays 3; 2, 1 and 0 become 0",
-}
-Place = str | Path
-Texts = dict[str, str]  # {id: text}
-Qrels = dict[str, dict[str, int]]  # {query id: {passage id: grade}}
-
+RECIPES = {"graded": "every passage with its own grade",
+           "binary": "the released synthetic binary: one positive drawn from grades 3 and 2, then 1 and 0",
+           "ends": "two grades: only the best and the worst passage, as of a prompt for one of each",
+           "merged": "two grades by merging: 3 stays 3; 2, 1 and 0 become 0"}
 
 @dataclass(frozen=True)
 class GradedList:
     """One query, its passages, and one grade a passage (0 = irrelevant; higher is more relevant)."""
-
     id: str
     query: str
     passages: list[str]
     grades: list[int]
 
-
+Place = str | Path
 Lists = list[GradedList]
-Collection = tuple[Texts, Texts, Qrels]  # corpus, queries, qrels
-
+Texts = dict[str, str]  # {id: text}
+Collection = tuple[Texts, Texts, dict[str, dict[str, int]]]  # corpus, queries, qrels
 
 def _tsv(path: Path) -> Iterator[tuple[str, dict]]:
     for position, (where, line) in enumerate(read_lines(path)):
@@ -51,13 +42,11 @@ def _tsv(path: Path) -> Iterator[tuple[str, dict]]:
                 raise ValueError(f"{where}: expected 3 fields {COLUMNS} and tabs, found {fields!r:.80}")
             yield where, dict(zip(COLUMNS, fields, strict=True))
 
-
 def _rows(place: str, part: str, split: str = "") -> Iterator[tuple[str, dict]]:
-    """(where, row) of one part of a collection: corpus.jsonl (`_id`, `title`, `text`), queries.jsonl (`_id`,
-    `text`) or qrels/SPLIT.tsv (COLUMNS). On the hub there are three layouts: a config a part (`mteb/...`),
-    judgments apart (`BeIR/...-qrels`), and the bare files, which a folder may hold (`BatsResearch/sycl/...`).
-    """
-    file = f"qrels/{split}.tsv" if part == "qrels" and split else f"{part}.jsonl"
+    """(where, row) of one part: corpus.jsonl (`_id`, `title`, `text`), queries.jsonl (`_id`, `text`) or
+    qrels/SPLIT.tsv (COLUMNS).  On the hub there are three layouts: a config a part (`mteb/...`), judgments
+    apart (`BeIR/...-qrels`), and the bare files, which a folder may hold (`BatsResearch/sycl/...`)."""
+    file = f"{part}/{split}.tsv" if split else f"{part}.jsonl"
     folder = Path(__file__).parent / "sample" if place == "sample" else Path(place).expanduser()
     source = next((path for path in (folder / file, folder / f"{file}.gz") if path.is_file()), None)
     if source is None:
@@ -66,11 +55,10 @@ def _rows(place: str, part: str, split: str = "") -> Iterator[tuple[str, dict]]:
             raise ValueError(f"{place}: expected a folder with {file} (or .gz), a hub id, or 'sample'")
         try:
             import datasets  # slow to import, seldom needed
-
             configs = [] if hub[2] else datasets.get_dataset_config_names(hub[1])
             if "corpus" not in configs:
                 source = Path(hf_hub_download(hub[1], f"{hub[2]}/{file}".strip("/"), repo_type="dataset"))
-            elif part == "qrels":
+            elif split:
                 config = next((name for name in ("default", "qrels") if name in configs), None)
                 source = datasets.load_dataset(hub[1] if config else f"{hub[1]}-qrels", config, split=split)
             else:
@@ -81,97 +69,83 @@ def _rows(place: str, part: str, split: str = "") -> Iterator[tuple[str, dict]]:
         return read_jsonl(source) if file.endswith(".jsonl") else _tsv(source)
     return ((f"{place} ({part}), row {n}", row) for n, row in enumerate(source, start=1))
 
-
-def _texts(place: str, part: str, split: str = "") -> Texts:
+def _texts(place: str, part: str) -> Texts:
     texts: Texts = {}
-    for where, row in _rows(place, part, split):
-        key, may_be_empty = text_field(row, "_id", where), part == "corpus"
-        if key in texts:
+    for where, row in _rows(place, part):
+        if (key := text_field(row, "_id", where)) in texts:
             raise ValueError(f"{where}: field '_id': {key!r} stands there already")
         fields = ("title", "text") if part == "corpus" and row.get("title") is not None else ("text",)
-        texts[key] = " ".join(text_field(row, f, where, empty=may_be_empty).strip() for f in fields).strip()
+        found = [text_field(row, field, where, empty=part == "corpus").strip() for field in fields]
+        texts[key] = " ".join(found).strip()
     return texts
-
 
 def load_beir(path_or_hub_id: Place, split: str = "test", queries_from: Place | None = None) -> Collection:
     """(corpus {id: title and text}, queries {id: text}, qrels {query id: {passage id: grade}}) of a folder,
-    "sample" or a hub id, which a folder may follow (`BatsResearch/sycl/llama33_70b`); `queries_from`: another
-    of them, for the queries. Only judged queries are returned, as by BEIR. Raises ValueError for a bad row.
-    """
+    "sample" or a hub id, maybe with a folder (`BatsResearch/sycl/llama33_70b`).  `queries_from`: another, for
+    the queries.  Only judged queries are returned, as by BEIR.  ValueError for a bad row."""
     place, qrels = str(path_or_hub_id), {}
-    queries = _texts(str(queries_from or place), "queries", split)
-    rows = list(_rows(place, "qrels", split))
+    queries, rows = _texts(str(queries_from or place), "queries"), list(_rows(place, "qrels", split))
     for where, row in rows:
         query, passage = str(row.get("query-id")), str(row.get("corpus-id"))
         if query not in queries:
             raise ValueError(f"{where}: field 'query-id': {query!r} is not among the queries")
-        grade = as_grade(row.get("score"), where)
+        grade = as_grade(row.get("score"), f"{where}: field 'score'")
         if (earlier := qrels.setdefault(query, {}).setdefault(passage, grade)) != grade:
             raise ValueError(f"{where}: field 'score': {query!r}, {passage!r} have grade {earlier} already")
     if not qrels:
         raise ValueError(f"{place}: expected judgments in split {split!r}, found none")
-    corpus = _texts(place, "corpus", split)
+    corpus = _texts(place, "corpus")
     for where, row in rows:
         if (passage := str(row.get("corpus-id"))) not in corpus:
             raise ValueError(f"{where}: field 'corpus-id': {passage!r} is not in the corpus")
     return corpus, {query: queries[query] for query in qrels}, qrels
 
+def _kept(place: Place, lists: Lists, of: int, why: str) -> Lists:
+    if not lists:
+        raise ValueError(f"{place}: expected graded lists, found none: {of} of {of} {why}")
+    if of > len(lists):
+        print(f"{place}: {of - len(lists)} of {of} {why}, left out", file=sys.stderr)
+    return lists
 
 def _from_file(path: Path, texts: Texts) -> Lists:
-    lists: dict[str, GradedList] = {}
-    seen: dict[str, tuple[str, str]] = {}
+    lists, seen = {}, {}
     for where, row in read_jsonl(path):
         key = text_field(row, "id", where) if "id" in row else f"{path.stem}-{where.rpartition(':')[2]}"
-        if "id" in row and "query" not in row:
-            if key not in texts:
-                raise ValueError(f"{where}: no 'query': bring the collection with query {key!r} (--queries)")
-            row["query"] = texts[key]
+        if "id" in row and row.setdefault("query", texts.get(key)) is None:
+            raise ValueError(f"{where}: no 'query': bring the collection with query {key!r} (--queries)")
         query, passages = text_field(row, "query", where).strip(), row.get("passages", "")
         if seen.setdefault(key, (query, where))[0] != query:
             raise ValueError(f"{where}: field 'id': {key!r} has another query at {seen[key][1]}")
-        if passages is None:
-            continue
-        here, grades = f"{where}: field 'passages'", passages if isinstance(passages, dict) else {}
-        graded = {as_grade(name, here): text_field(grades, name, here).strip() for name in grades}
-        if len(graded) < max(2, len(grades)):
-            raise ValueError(f"{here}: expected 2 or more grades, each once, found {passages!r:.60}")
-        order = sorted(graded, reverse=True)
-        lists[key] = GradedList(key, query, [graded[grade] for grade in order], order)
-    if failed := len(seen) - len(lists):
-        print(f"{path}: {failed} of {len(seen)} queries have no passages, left out", file=sys.stderr)
-    return list(lists.values())
-
+        if passages is not None:
+            here, grades = f"{where}: field 'passages'", passages if isinstance(passages, dict) else {}
+            graded = {as_grade(name, here): text_field(grades, name, here).strip() for name in grades}
+            if len(graded) < max(2, len(grades)):
+                raise ValueError(f"{here}: expected 2 or more grades, each once, found {passages!r:.60}")
+            order = sorted(graded, reverse=True)
+            lists[key] = GradedList(key, query, [graded[grade] for grade in order], order)
+    return _kept(path, list(lists.values()), len(seen), "queries have no passages")
 
 def _from_beir(place: str, queries_from: Place | None, split: str) -> Lists:
     has_own = any(Path(place).expanduser().glob("queries.jsonl*"))
     corpus, queries, qrels = load_beir(place, split, None if has_own else queries_from)
-    lists = []
-    for query, judged in qrels.items():
-        order = sorted(judged, key=judged.__getitem__, reverse=True)  # file order within a grade
-        passages, grades = [corpus[p] for p in order], [judged[p] for p in order]
-        lists += [GradedList(query, queries[query], passages, grades)] if grades[0] else []
-    if left := len(qrels) - len(lists):
-        print(f"{place}: {left} of {len(qrels)} queries have no relevant passage, left out", file=sys.stderr)
-    return lists
-
+    order = {query: sorted(judged, key=judged.get, reverse=True) for query, judged in qrels.items()}
+    lists = [GradedList(query, queries[query], [corpus[p] for p in ids], [qrels[query][p] for p in ids])
+             for query, ids in order.items()]  # best grade first, file order within a grade
+    return _kept(place, [x for x in lists if x.grades[0]], len(lists), "queries have no relevant passage")
 
 def load_lists(paths: Iterable[Place], queries_from: Place | None = None, split: str = "train") -> Lists:
     """Lists of files and collections, best passage first; an id used before gets its path's name before it.
 
-    A file (.jsonl, .jsonl.gz) has lines {"query", "passages": {"3": ..., "0": ...}}; a generation cache has
-    `id` too: null passages are counted on stderr, a later good record replaces an earlier. A collection gives
-    each query of `split` with what is judged for it. `queries_from`: a collection with the texts for records
-    without `query` and for collections without queries.jsonl (`mteb/msmarco` for the released ones).
-    Raises ValueError for the first bad row, and for a path without lists.
-    """
+    A file (.jsonl, .jsonl.gz) has lines {"query", "passages": {"3": ..., "0": ...}}, maybe with `id`; null
+    passages are counted on stderr, a later good record replaces an earlier.  A collection gives its judged
+    passages.  Texts of queries that are missing come from the collection `queries_from` (`mteb/msmarco` for
+    the released ones).  ValueError for a bad row or a path without lists."""
     names = [str(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
     files = {name: Path(name).expanduser() for name in names if name.endswith((".jsonl", ".jsonl.gz"))}
     texts = _texts(str(queries_from), "queries") if queries_from and files else {}
     lists: dict[str, GradedList] = {}
     for name in names:
         found = _from_file(files[name], texts) if name in files else _from_beir(name, queries_from, split)
-        if not found:
-            raise ValueError(f"{name}: expected graded lists, found none")
         for item in found:
             key = item.id if item.id not in lists else f"{Path(name).name}:{item.id}"
             if key in lists:
@@ -179,11 +153,9 @@ def load_lists(paths: Iterable[Place], queries_from: Place | None = None, split:
             lists[key] = replace(item, id=key)
     return list(lists.values())
 
-
 def recipe(lists: Lists, name: str, seed: int) -> Lists:
     """The lists as RECIPES[name] says ("binary": grades 1, 0, 0); draws depend on seed and list id only.
-    Raises ValueError for an unknown name, and where a list is not one passage each of grades 3, 2, 1, 0.
-    """
+    ValueError for an unknown name, and where a list is not one passage each of grades 3, 2, 1, 0."""
     if name not in RECIPES:
         raise ValueError(f"recipe: expected one of {', '.join(RECIPES)}, got {name!r}")
     shaped = []
@@ -192,29 +164,24 @@ def recipe(lists: Lists, name: str, seed: int) -> Lists:
             raise ValueError(f"recipe {name!r}: expected grades 3, 2, 1, 0; {item.id!r} has {item.grades}")
         positive = random.Random(f"{seed} {item.id}").choice((3, 2))
         keep = {"binary": (positive, 1, 0), "ends": (3, 0), "merged": (3, 2, 1, 0)}[name]
-        grades = [1 if name == "binary" else 3] + [0] * (len(keep) - 1)
         passages = [item.passages[item.grades.index(grade)] for grade in keep]
+        grades = [1 if name == "binary" else 3] + [0] * (len(keep) - 1)
         shaped.append(replace(item, passages=passages, grades=grades))
     return shaped or list(lists)
 
-
-def real_lists(
-    path_or_hub_id: Place, negatives: Place | None = None, seed: int = 0, split: str = "train"
-) -> Lists:
+def real_lists(path_or_hub_id: Place, negatives: Place | None = None, seed: int = 0, split: str = "train"
+               ) -> Lists:
     """The released real binary (k = 3): a query's annotated positive (score >= 1) and two others, all drawn.
 
-    Grades 3 and 1, as in the released synthetic + real (InfoNCE only looks at which is highest). The others
-    are judged 0, or stand in a `negatives` file, here or on the hub, and are not positives. The released one,
-    `BatsResearch/sycl/real_data/bm25_top_docs/train_qrels.jsonl` (BM25's top 1000), is read as its reader
-    `trove` documents: {"qid": "1", "docid": ["7", ...], "score": [...]}; scores are not used. With one other
-    k = 2; with none, or no positive, a query is left out, counted on stderr. MS MARCO's corpus takes 5 GB.
-    """
+    Grades 3 and 1, as in the released synthetic + real.  The others are judged 0, or stand in a `negatives`
+    file, here or on the hub (`BatsResearch/sycl/real_data/bm25_top_docs/train_qrels.jsonl`: BM25's top 1000),
+    as `trove` documents them: {"qid": "1", "docid": ["7", ...]}.  With one other k = 2; with none, or without
+    a positive, a query is left out and counted on stderr."""
     place, file = str(path_or_hub_id), Path(negatives or "")
     mined = _rows(str(file.parent), file.name.partition(".jsonl")[0]) if negatives else None
     corpus, queries, qrels = load_beir(place, split)
-    judged_ones = ((place, {"qid": query, "docid": list(judged)}) for query, judged in qrels.items())
     lists: dict[str, GradedList] = {}
-    for where, row in mined or judged_ones:
+    for where, row in mined or [(place, {"qid": q, "docid": list(judged)}) for q, judged in qrels.items()]:
         query, pool = text_field(row, "qid", where), row.get("docid")
         if query in lists or not isinstance(pool, list):
             raise ValueError(f"{where}: expected a new 'qid' and a list in 'docid', found {query!r}")
@@ -226,60 +193,46 @@ def real_lists(
             if lost := [p for p in ids if p not in corpus]:
                 raise ValueError(f"{where}: field 'docid': {lost[0]!r} is not in the corpus")
             lists[query] = GradedList(query, queries[query], [corpus[p] for p in ids], [3, 1, 1][: len(ids)])
-    if left := len(qrels) - len(lists):
-        print(f"{place}: {left} of {len(qrels)} queries lack a positive or another", file=sys.stderr)
-    if not lists:
-        raise ValueError(f"{place}: expected a query with a positive and another passage, found none")
-    return [lists[query] for query in qrels if query in lists]
-
+    found = [lists[query] for query in qrels if query in lists]
+    return _kept(place, found, len(qrels), "queries lack a positive or another passage")
 
 def combine(synthetic: Lists, real: Lists) -> Lists:
     """Synthetic + real: a query's real passages behind its synthetic ones (4 + 3: k = 7), joined by the text
-    less case and outer space. Without a partner a synthetic list stays and a real one is left out, counted on
-    stderr. Raises ValueError if no list has a partner.
-    """
+    less case and outer space.  Without a partner a synthetic list stays and a real one is left out, counted
+    on stderr.  ValueError if no list has a partner."""
     partners = {item.query.strip().casefold(): item for item in reversed(real)}
     nothing = GradedList("", "", [], [])
     pairs = [(item, partners.get(item.query.strip().casefold(), nothing)) for item in synthetic]
-    if not (used := {more.id for _, more in pairs if more is not nothing}):
-        raise ValueError(f"combine: none of the {len(real)} real lists has the query of a synthetic one")
-    if left := len(real) - len(used):
-        print(f"combine: {left} of {len(real)} real lists have no synthetic partner", file=sys.stderr)
+    used = {more.id: more for _, more in pairs if more is not nothing}
+    _kept("combine", list(used.values()), len(real), "real lists have no synthetic partner")
     return [replace(x, passages=x.passages + y.passages, grades=x.grades + y.grades) for x, y in pairs]
-
 
 def split_lists(lists: Lists, share: float, seed: int) -> tuple[Lists, Lists]:
     """(rest, held out): a seeded `share` (0 to 1) of the lists is set aside for choosing settings."""
-    order = random.Random(seed).sample(range(len(lists)), len(lists))
-    held = set(order[: round(share * len(lists))])
+    held = set(random.Random(seed).sample(range(len(lists)), len(lists))[: round(share * len(lists))])
     return [x for j, x in enumerate(lists) if j not in held], [lists[j] for j in sorted(held)]
 
-
 def as_collection(lists: Lists) -> Collection:
-    """(corpus, queries, qrels): passage j of list i is `<id of i>-<j>`. ValueError for an id used twice."""
+    """(corpus, queries, qrels): passage j of list i is `<id of i>-<j>`.  ValueError for an id used twice."""
     queries = {item.id: item.query for item in lists}
     if len(queries) < len(lists):
         raise ValueError(f"as_collection: {len(lists) - len(queries)} lists have the id of another")
     corpus = {f"{item.id}-{j}": text for item in lists for j, text in enumerate(item.passages)}
     return corpus, queries, {x.id: {f"{x.id}-{j}": y for j, y in enumerate(x.grades)} for x in lists}
 
-
 @dataclass(frozen=True)
 class Batch:
     """B lists, query-major: passages i*k ... i*k + k-1 are query i's; short lists end in empty ones."""
-
     queries: list[str]  # B
     passages: list[str]  # B * k
     labels: torch.Tensor  # (B, k) float32 grades
     mask: torch.Tensor  # (B, k) bool, False = padding
 
-
 def collate(lists: Lists) -> Batch:
-    """Stack lists into one batch; k is the longest list's length. Raises ValueError if there is no list."""
+    """Stack lists into one batch; k is the longest list's length.  ValueError if there is no list."""
     if not lists:
         raise ValueError("collate: expected at least one list, got none")
-    k = max(len(item.passages) for item in lists)
+    grades = pad_sequence([torch.tensor(item.grades) for item in lists], batch_first=True, padding_value=-1)
+    k = grades.shape[1]
     passages = [text for item in lists for text in item.passages + [""] * (k - len(item.passages))]
-    labels = torch.tensor([item.grades + [0] * (k - len(item.grades)) for item in lists]).float()  # (B, k)
-    mask = torch.tensor([[j < len(item.passages) for j in range(k)] for item in lists])  # (B, k)
-    return Batch([item.query for item in lists], passages, labels, mask)
+    return Batch([item.query for item in lists], passages, grades.clamp(min=0).float(), grades >= 0)
