@@ -6,12 +6,10 @@ ranking with the judgments.  The record (JSON) holds the means, the values per q
 
 import argparse
 import json
-import math
 import re
 import sys
 import time
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,51 +20,38 @@ from torch import Tensor
 
 from repro import metrics
 from repro.checkpoints import machine
-from repro.data import load_beir
+from repro.data import Place, Texts, load_beir
 from repro.encoder import BiEncoder
 from repro.files import checked_output, ending, one_line, writing
 
 BLOCK, QUERY_BLOCK = 32_768, 512  # passages and queries compared at a time: 67 MB of scores
 KEPT = 100_000  # passages whose vectors are kept in the cache: 230 MB with 576 numbers each
-Texts = Mapping[str, str]  # {id: text}
-
-
-def _merge(best: tuple[Tensor, Tensor], scores: Tensor, first: int, k: int) -> tuple[Tensor, Tensor]:
-    """The best k of (scores, indices) so far and of a block's scores (Q, n), whose indices start at `first`.
-
-    Of equal scores the lower index is better.  `topk` promises no such order, so it finds one passage more
-    than is needed, and a row where that one equals the last is sorted whole; all sorts are stable.
-    """
-    if not math.isfinite(sum(map(float, scores.aminmax()))):
-        raise ValueError("an embedding or a score is not a finite number; the model cannot be evaluated")
-    m = min(k, scores.shape[1])
-    top, places = scores.topk(min(m + 1, scores.shape[1]), dim=1)
-    tied = (top[:, m - 1 :].diff(dim=1) == 0).any(dim=1)
-    whole = scores[tied].sort(dim=1, descending=True, stable=True)
-    top[tied], places[tied] = whole.values[:, : m + 1], whole.indices[:, : m + 1]
-    places, order = places[:, :m].sort(dim=1)
-    both, indices = torch.cat([best[0], top.gather(1, order)], 1), torch.cat([best[1], places + first], 1)
-    both, order = (both + 0.0).sort(dim=1, descending=True, stable=True)  # + 0.0 makes -0.0 equal to 0.0
-    return both[:, :k], indices.gather(1, order)[:, :k]
-
 
 def search(query_embeddings: Tensor, passage_embeddings: Any, k: int, block: int = BLOCK) -> list[Tensor]:
     """The k best passages of every query by dot product, exactly: scores (Q, k), indices (Q, k), best first.
 
-    Takes (Q, d), Q >= 1, and (N, d) or a memory-mapped array, of which `block` rows are read at a time.  Of
-    equal float32 scores the lower index comes first.  ValueError unless 1 <= k <= N and all are finite.
-    """
+    Takes (Q, d), Q >= 1, and (N, d) or what can be sliced like it, `block` rows at a time.  Of equal float32
+    scores the lower index comes first.  ValueError unless 1 <= k <= N and all are finite."""
     if not (n := len(passage_embeddings)) >= k >= 1:
         raise ValueError(f"k is {k}, expected a number from 1 to {n}, the number of passages")
     parts = torch.as_tensor(query_embeddings).float().split(QUERY_BLOCK)
-    best = [(part[:, :0], part[:, :0].long()) for part in parts]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # it is only read
-        for first in range(0, n, block):
-            rows = torch.as_tensor(passage_embeddings[first : first + block]).to(parts[0].device).float()
-            best = [_merge(b, part @ rows.T, first, k) for b, part in zip(best, parts, strict=True)]
+    best = [(part[:, :0], part[:, :0].long()) for part in parts]  # of all blocks so far
+    for first in range(0, n, block):
+        rows = torch.as_tensor(passage_embeddings[first : first + block]).to(parts[0])
+        for j, part in enumerate(parts):
+            scores = part @ rows.T
+            if not torch.stack(scores.aminmax()).isfinite().all():
+                raise ValueError("an embedding or a score is not a finite number; the model cannot be judged")
+            # `topk` promises no order of equals: it finds one more, and a row where that is equal is sorted.
+            top, places = scores.topk(min(k + 1, len(rows)), dim=1)
+            tied = (top[:, k - 1 :].diff(dim=1) == 0).any(dim=1)
+            whole = scores[tied].sort(dim=1, descending=True, stable=True)
+            top[tied], places[tied] = whole.values[:, : k + 1], whole.indices[:, : k + 1]
+            indices, order = torch.cat([best[j][1], places + first], 1).sort(dim=1)
+            both = torch.cat([best[j][0], top], 1).gather(1, order) + 0.0  # which makes -0.0 equal to 0.0
+            both, order = both.sort(dim=1, descending=True, stable=True)
+            best[j] = both[:, :k], indices.gather(1, order)[:, :k]
     return [torch.cat(found).cpu() for found in zip(*best, strict=True)]
-
 
 def _as_run(rows: Iterable[tuple], corpus: Texts, queries: Texts, k: int) -> metrics.Run:
     """A run from rows (query id, scores, indices), the best k each.  A query that is a passage (ArguAna)
@@ -80,16 +65,11 @@ def _as_run(rows: Iterable[tuple], corpus: Texts, queries: Texts, k: int) -> met
         run[qid] = dict(list(found.items())[:k])
     return run
 
-
-def retrieve(
-    model: Any, corpus: Texts, queries: Texts, k: int, batch_size: int = 32, progress: bool = False
-) -> metrics.Run:
+def retrieve(model: Any, corpus: Texts, queries: Texts, k: int, batch_size: int = 32, progress: bool = False
+             ) -> metrics.Run:
     """Rank the corpus for every query with `model.encode`: {query id: {passage id: score}}, the best k each.
-
-    Of equal scores the earlier passage is kept; a query does not find itself (`_as_run`).
-    """
+    Of equal scores the earlier passage is kept; a query does not find itself (`_as_run`)."""
     options = {"batch_size": batch_size, "progress": progress}
-
     class Encoded(list):  # texts; a slice of them is their embeddings, as if they were a matrix
         def __getitem__(self, rows: slice) -> Tensor:
             return model.encode(super().__getitem__(rows), kind="passage", **options)
@@ -98,25 +78,21 @@ def retrieve(
     scores, indices = search(asked, Encoded(corpus.values()), min(k + 1, len(corpus)))
     return _as_run(zip(queries, scores.tolist(), indices.tolist(), strict=True), corpus, queries, k)
 
-
 def s_stem(word: str) -> str:
     """Take the plural s off an English word, as Harman's S-stemmer (1991) does."""
     if word.endswith("ies") and not word.endswith(("eies", "aies")):
         return word[:-3] + "y" if len(word) > 4 else word
     return word[:-1] if len(word) > 2 and word.endswith("s") and not word.endswith(("us", "ss")) else word
 
-
-def bm25_run(corpus: Texts, queries: Texts, k: int, k1: float = 0.9, b: float = 0.4) -> metrics.Run:
+def bm25_run(corpus: Texts, queries: Texts, k: int) -> metrics.Run:
     """Rank by BM25 in Lucene's form (bm25s): at most k passages a query, each with a word of it.
 
-    score(q, p) = sum over words w of q: ln(1 + (N - n_w + .5) / (n_w + .5)) f / (f + k1 (1 - b + b l_p / l)):
+    score(q, p) = sum over words w of q: ln(1 + (N - n_w + .5) / (n_w + .5)) f / (f + .9 (.6 + .4 l_p / l)):
     n_w of N passages hold w; p holds it f times among l_p words, l on average.  Words are in lower case, of
-    two letters or more, no English stop words, and go through `s_stem`.  The rest is as in `retrieve`.
-    """
-    form = {"stopwords": "en_plus", "stemmer": lambda words: [s_stem(word) for word in words]}
-    form |= {"return_ids": False, "show_progress": False}
-    words, asked = (bm25s.tokenize(list(texts.values()), **form) for texts in (corpus, queries))
-    index, rows = bm25s.BM25(method="lucene", k1=k1, b=b), []
+    two letters or more, no English stop words, and go through `s_stem`.  The rest is as in `retrieve`."""
+    form = {"stopwords": "en_plus", "stemmer": lambda words: [*map(s_stem, words)], "return_ids": False}
+    words, asked = (bm25s.tokenize([*x.values()], **form, show_progress=False) for x in (corpus, queries))
+    index, rows = bm25s.BM25(method="lucene", k1=0.9, b=0.4), []
     if any(words):
         index.index(words, show_progress=False)
     for qid, query in zip(queries, asked, strict=True):
@@ -125,19 +101,15 @@ def bm25_run(corpus: Texts, queries: Texts, k: int, k1: float = 0.9, b: float = 
         rows.append((qid, scores[best].tolist(), best.tolist()))
     return _as_run(rows, corpus, queries, k)
 
-
-def evaluate_model(
-    model: Any, corpus: Texts, queries: Texts, qrels: metrics.Qrels, *,
-    measures: Sequence[str] = metrics.MEASURES, top_k: int | None = None, batch_size: int = 32,
-    device: str = "auto", dtype: str = "auto", run_file: str | Path | None = None, cache: bool = True,
-    progress: bool = False,
-) -> dict[str, Any]:  # fmt: skip
+def evaluate_model(model: Any, corpus: Texts, queries: Texts, qrels: metrics.Qrels, *,
+                   measures: Sequence[str] = metrics.MEASURES, top_k: int | None = None, batch_size: int = 32,
+                   device: str = "auto", dtype: str = "auto", run_file: Place | None = None,
+                   cache: bool = True, progress: bool = False) -> dict[str, Any]:
     """Rank and score one model on one collection: the record that the command line writes.
 
     `model`: "bm25", a name or folder for `BiEncoder.load`, or an object with `encode`.  Only judged queries
     are asked, `top_k` passages kept for each (by default 1000 or all).  `cache`: where a named encoder ends
-    in a linear map, its transformer's vectors are kept for the next one.  ValueError before a model loads.
-    """
+    in a linear map, its transformer's vectors are kept for the next one.  ValueError before a model loads."""
     top_k = min(1000, len(corpus)) if top_k is None else top_k
     if not 1 <= top_k <= len(corpus):
         raise ValueError(f"top-k is {top_k}, expected 1 to {len(corpus)}, the number of passages")
@@ -148,31 +120,27 @@ def evaluate_model(
         raise ValueError(f"judged query {unknown[0]!r} has no text" if qrels else "there are no judgments")
     if run_file is not None:
         metrics.check_ids([*qrels, *corpus], run_file)
-    if cut := [m for m in measures if top_k < min(int(m.split("@")[1]), len(corpus))]:
-        print(f"note: {top_k} passages a query are kept, which limits {', '.join(cut)}", file=sys.stderr)
-    name, named = type(model).__name__, isinstance(model, str | Path)
-    if named:
-        name = Path(model).resolve().name if Path(model).is_dir() else str(model)
-    if named and model != "bm25":
+    name = _plain_name(model) if isinstance(model, Place) else type(model).__name__
+    if isinstance(model, Place) and model != "bm25":
         model = BiEncoder.load(model, device=device, dtype=dtype)
         if cache and model.projection is not None and len(corpus) <= KEPT:
             model.freeze(model.model.config.num_hidden_layers)  # nothing trains here
     start, asked = time.perf_counter(), {qid: queries[qid] for qid in qrels}
-    if model == "bm25":
-        run = bm25_run(corpus, asked, top_k)
-    else:
-        run = retrieve(model, corpus, asked, top_k, batch_size, progress)
+    run = (bm25_run(corpus, asked, top_k) if model == "bm25" else
+           retrieve(model, corpus, asked, top_k, batch_size, progress))
     seconds = round(time.perf_counter() - start, 2)
     if run_file is not None:
         metrics.write_run(run, run_file, tag=re.sub(r"\s+", "_", name))
     per_query = metrics.evaluate(qrels, run, measures)
-    number_format = getattr(getattr(model, "model", None), "dtype", torch.float32)
-    used = machine(getattr(model, "device", "cpu"), number_format)
+    dtype = getattr(getattr(model, "model", None), "dtype", torch.float32)
+    used = machine(getattr(model, "device", "cpu"), dtype)
     counts = {"passages": len(corpus), "queries": len(qrels), "judgments": sum(map(len, qrels.values()))}
-    record = {"model": name, "metrics": metrics.mean(per_query), "top_k": top_k, "counts": counts}
-    record |= {"seconds": seconds, "device": used["device"], "dtype": used["dtype"], "machine": used}
-    return record | {"per_query": per_query}
+    return {"model": name, "metrics": metrics.mean(per_query), "top_k": top_k, "counts": counts,
+            "seconds": seconds, "device": used["device"], "dtype": used["dtype"], "machine": used,
+            "per_query": per_query}
 
+def _plain_name(place: Place) -> str:
+    return Path(place).resolve().name if Path(place).is_dir() else str(place)  # no path of this machine
 
 def _command(model: str, data: str, split: str, out: Path | None, run: Path | None, **options: Any) -> None:
     out = out and checked_output(out, re.compile(r'\{"collection": ').match)  # how an own file begins
@@ -180,17 +148,15 @@ def _command(model: str, data: str, split: str, out: Path | None, run: Path | No
     if out and run and out.resolve() == run.resolve() and (out.is_file() or not out.exists()):
         raise ValueError(f"{out}: --out and --run name the same file")
     record = evaluate_model(model, *load_beir(data, split=split), run_file=run, progress=True, **options)
-    name = Path(data).resolve().name if Path(data).is_dir() else data
+    record = {"collection": _plain_name(data), "split": split, **record}
     if out:
-        rows = {"collection": name, "split": split, **record}.items()
-        text = ",\n ".join(f'"{key}": {json.dumps(value, ensure_ascii=False)}' for key, value in rows)
+        fields = (f'"{key}": {json.dumps(value, ensure_ascii=False)}' for key, value in record.items())
         with writing(out) as sink:
-            sink.write(f"{{{text}}}\n")
+            sink.write("{" + ",\n ".join(fields) + "}\n")
     counts = ", ".join(f"{count} {what}" for what, count in record["counts"].items())
-    print(f"collection  {one_line(name)} ({one_line(split)}): {counts}")
+    print(f"collection  {one_line(record['collection'])} ({one_line(split)}): {counts}")
     print(f"model       {one_line(record['model'])} ({record['device']}, {record['seconds']} s)")
     print(*(f"{measure:<12}{value:.4f}" for measure, value in record["metrics"].items()), sep="\n")
-
 
 def main(argv: list[str] | None = None) -> int:
     """The command line: 0, or 2 with one sentence on stderr."""
@@ -207,7 +173,6 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     p.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
     return ending(lambda: _command(**vars(p.parse_args(argv))))
-
 
 if __name__ == "__main__":
     sys.exit(main())

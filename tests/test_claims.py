@@ -13,14 +13,13 @@ from scipy import stats
 
 from repro.experiment import claims, report
 from repro.experiment.claims import compare, judge, read_runs, write_runs
+from repro.files import write_json
 
 PLACE = {"commit": "c0ffee", "machine": {"device": "cpu", "cores": 2}, "dtype": "float32"}
 SIZES = {"cranfield": 30, "sample": 10, "scifact": 25, "wikiqa": 40}
 
-
 def rows(values) -> dict[str, float]:
     return {f"q{n:03}": float(value) for n, value in enumerate(values)}
-
 
 def made(group: str, arm: str, seed: int | None, gain: float, start: str | None = "base", **settings) -> dict:
     """A run on queries of unlike difficulty, `gain` above it, with a little noise of its own."""
@@ -33,7 +32,6 @@ def made(group: str, arm: str, seed: int | None, gain: float, start: str | None 
     run = {"group": group, "arm": arm, "seed": seed, "start": start, "settings": settings, "trained": PLACE}
     return {**run, "development": 0.61, "minutes": 0.25, "collections": found, "per_query": scores}
 
-
 @pytest.fixture
 def runs() -> list[dict]:
     gains = {"InfoNCE": 0, "1-D W": 0.06, "InfoNCE, real": 0.1, "1-D W, 2 grades": 0.06, "KL": 0.03}
@@ -41,7 +39,6 @@ def runs() -> list[dict]:
     group = "label temperature"
     own += [made(group, f"1-D W, {group} 0.5", seed, 0.02, label_temperature=0.5) for seed in (0, 1)]
     return [made("references", "BM25", None, 0.1, None), made("references", "start", None, -0.05), *own]
-
 
 @pytest.mark.parametrize("sizes", [(3,), (4, 6), (2, 3, 5)])
 def test_p_is_that_of_all_sign_patterns(sizes: tuple[int, ...]) -> None:
@@ -53,7 +50,6 @@ def test_p_is_that_of_all_sign_patterns(sizes: tuple[int, ...]) -> None:
     assert ours.p == pytest.approx(np.mean(abs(patterns) >= abs(weighted.sum()) - 1e-12), abs=0.02)
     assert ours.difference == pytest.approx(fmean(d.mean() for d in found)) and ours.queries == sum(sizes)
 
-
 def test_one_collection_is_the_plain_paired_test() -> None:
     d = np.random.default_rng(3).normal(0.05, 0.2, 60)
     ours, turned = compare({"c": rows(d)}), compare({"c": dict(reversed(rows(-d).items()))})
@@ -62,7 +58,6 @@ def test_one_collection_is_the_plain_paired_test() -> None:
     assert ours.p == pytest.approx(plain.pvalue, abs=0.015)
     assert (ours.low, ours.high) == pytest.approx(tuple(bounds), abs=0.004)
     assert turned == pytest.approx((-ours.difference, -ours.high, -ours.low, ours.p, 60))
-
 
 def test_collections_weigh_the_same_ties_are_ties_and_bad_input_is_refused() -> None:
     apart = compare({"small": rows([0.3, 0.3]), "large": rows([0.1] * 50)})
@@ -74,7 +69,6 @@ def test_collections_weigh_the_same_ties_are_ties_and_bad_input_is_refused() -> 
         with pytest.raises(ValueError, match="2 or more finite"):
             compare(bad)
 
-
 def test_a_null_is_rejected_at_its_rate_and_a_planted_effect_found() -> None:
     rng, null, planted = np.random.default_rng(4), [], []
     for n in range(200):
@@ -85,13 +79,11 @@ def test_a_null_is_rejected_at_its_rate_and_a_planted_effect_found() -> None:
     assert np.mean([one.p <= 0.05 for one in planted]) > 0.9
     assert 0.87 <= np.mean([one.low <= 0.15 <= one.high for one in planted]) <= 0.99
 
-
 def test_holm_by_hand() -> None:
     # sorted: .005 * 4, .01 * 3, .03 * 2, .04 * 1 = .02, .03, .06, .04, and .04 is raised to .06
     found = claims.holm({"c": 0.03, "a": 0.01, "d": 0.005, "b": 0.04})
     assert found == pytest.approx({"c": 0.06, "a": 0.03, "d": 0.02, "b": 0.06}) and [*found] == [*"cadb"]
     assert claims.holm({"x": 0.5, "y": 0.9}) == {"x": 1.0, "y": 1.0}
-
 
 def test_rule() -> None:
     cases = {(0.05, 0.08, 0.05): "holds", (0.005, 0.008, 0.01): "holds", (0.05, 0.08, 0.051): "undecided"}
@@ -99,7 +91,6 @@ def test_rule() -> None:
     cases |= {(0.0, 0.0099, 0.9): "does not hold", (0.0, 0.01, 0.9): "undecided"}
     for (difference, high, p), expected in cases.items():
         assert claims.verdict(claims.Comparison(difference, -1, high, 0.5, 9), p) == expected
-
 
 def test_claims_are_judged_on_voting_collections_with_seeds_averaged(runs: list[dict]) -> None:
     found = {row.claim: row for row in judge(runs, "base")}
@@ -115,7 +106,6 @@ def test_claims_are_judged_on_voting_collections_with_seeds_averaged(runs: list[
     with pytest.raises(ValueError, match="wikiqa: the runs of 1-D W and InfoNCE did not answer the same"):
         judge(runs, "base")
     assert {row.verdict for row in judge(runs, "no such start")} == {"not measured"}
-
 
 def test_records_round_trip_and_same_records_give_same_bytes(runs: list[dict], tmp_path: Path) -> None:
     def turn(value):
@@ -134,7 +124,6 @@ def test_records_round_trip_and_same_records_give_same_bytes(runs: list[dict], t
     (tmp_path / "b" / "runs.jsonl").write_bytes(files[0]["runs.jsonl"])
     assert read_runs(tmp_path / "b") == back and read_runs(tmp_path) == []
 
-
 BROKEN = [  # file, what to replace, by what, the place that the message names
     ("runs.jsonl", '"arm": "KL"', '"arms": "KL"', "runs.jsonl:16: .*KeyError: 'arm'"),
     ("runs.jsonl", '"seed": 1', '"seed": 0', "runs.jsonl:3: .*same start, arm and seed"),
@@ -144,7 +133,6 @@ BROKEN = [  # file, what to replace, by what, the place that the message names
     ("per_query.csv.gz", ",BM25,,cranfield,q007", ",BM25,,cranfeld,q007", "runs.jsonl:1, cranfield"),
     ("per_query.csv.gz", ",BM25,,cranfield,q007", "BM25", "per_query.csv.gz:9: "),
 ]
-
 
 @pytest.mark.parametrize("name, old, new, message", BROKEN)
 def test_bad_records_are_named(runs, tmp_path, capsys, name: str, old: str, new: str, message: str) -> None:
@@ -156,14 +144,13 @@ def test_bad_records_are_named(runs, tmp_path, capsys, name: str, old: str, new:
     error = capsys.readouterr().err
     assert new in text and re.search(message, error) and error.count("\n") == 1, error
 
-
 def test_page_shows_the_records_and_nothing_else(runs: list[dict], tmp_path: Path, capsys) -> None:
     command = ["--results", str(tmp_path)]
     assert report.main(command) == 2 and "no record of a run" in capsys.readouterr().err
     write_runs(tmp_path, runs)
     best, values = {"lr": 8e-4, "label_temperature": 0.3, "order": 2}, [0.401, 0.433, 0.452]
     tuning = {"best": best, "start": 0.397, "trials": [{**best, "ndcg@10": value} for value in values]}
-    claims.write_tuning(tmp_path, {"base": {"1-D W": tuning}})
+    write_json(tmp_path / "tuning.json", {"base": {"1-D W": tuning}})
     bench = {"machine": {"device": "cpu"}, "rows": [{"what": "loss", "ratio": 3.125}]}
     (tmp_path / "bench.json").write_text(json.dumps(bench))
     assert [report.main([*command, *more]) for more in (["--check"], [], ["--check"])] == [1, 0, 0]
@@ -179,13 +166,11 @@ def test_page_shows_the_records_and_nothing_else(runs: list[dict], tmp_path: Pat
     shown = re.findall(r"\d*\.\d{3,}", page.replace("lr 0.0008", ""))
     texts = {f"{abs(number):.3f}".lstrip("0") for number in known} | {".001"}
     assert len(shown) > 200 and {text.lstrip("0") for text in shown} <= texts
-    assert "| label_temperature 0.3, lr 0.0008 (edge), order 2 |" in page and "-0.000" not in page
+    assert "| lr 0.0008 (edge), label_temperature 0.3, order 2 |" in page and "-0.000" not in page
     assert re.search(
-        r"\| C1 \|.*\| < \.001 \| \*\*holds\*\* \|.*\n(.*\n)*\| C5 \|.*\| 1\.000 \| \*\*does", page
-    )
+        r"\| C1 \|.*\| < \.001 \| \*\*holds\*\* \|.*\n(.*\n)*\| C5 \|.*\| 1\.000 \| \*\*does", page)
     (tmp_path / "README.md").write_text("# a page of somebody else's")
     assert report.main(command) == 2
-
 
 def test_curve_has_the_main_arm_as_a_point(runs: list[dict]) -> None:
     line = report.curve(runs, "base", "label temperature", "label_temperature")

@@ -62,7 +62,7 @@ def test_other_spellings_of_the_same_folder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("part, content, message", [
     ("corpus", P1 + '{"_id": \n', ":2: expected one JSON object"), ("qrels", "q1 p1 3\n", ":1: expected 3 f"),
-    ("corpus", "[1]\n", ":1: expected one JSON object, found list"), ("queries", P1 + P1, ":2: .*'_id': 'p1'"),
+    ("corpus", "[1]\n", ":1: expected one JSON object, found list"), ("queries", P1 + P1, ":2: .*': 'p1'"),
     ("corpus", P1 + '{"_id": "p2", "text": "a", "text": "b"}\n', ":2: .*'text' stands there twice"),
     ("corpus", '{"_id": "p1", "text": "\\ud800"}\n', ":1: .*surrogates not allowed"),
     ("corpus", P1.encode() + b'{"_id": "p2", "text": "\xff"}\n', ":2: expected UTF-8 text, found byte 0xff"),

@@ -8,7 +8,6 @@ import itertools
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from repro.data import GradedList, combine, load_lists, real_lists, recipe, split_lists
@@ -17,12 +16,9 @@ from repro.files import AUTHORED
 BATCH, SPLIT_SEED = 16, 0
 HELD_OUT, QUESTIONS = 0.1, 150  # share of the authored lists, and WikiQA train questions, for development
 
-
 @dataclass(frozen=True)
 class Start:
-    """Where arms begin, and what all of them share there."""
-
-    model: str
+    """Where arms begin (an encoder's name is the key in STARTS), and what all of them share there."""
     steps: int
     trials: int  # trainings an arm, each scored at every share of AVERAGES
     seeds: int
@@ -31,31 +27,22 @@ class Start:
     freeze: int | None  # None: all layers, under a linear map; 0: the embeddings
     max_length: int | None = None  # tokens a text, in training and scoring
 
-
-STARTS = {
-    # Only the linear map trains: seconds a run.  350 steps are five passes over the authored lists.
-    "base": Start("base", 350, 16, 5, (1e-4, 2e-4, 4e-4, 8e-4), (0.03, 0.05, 0.1, 0.2), None),
-    # Trained whole but for its embeddings: minutes a run.  70 steps are one pass.
-    "all-minilm-l6-v2": Start(
-        "all-minilm-l6-v2", 70, 4, 3, (5e-6, 1e-5, 2e-5), (0.03, 0.05, 0.1), freeze=0, max_length=128
-    ),
-}
+STARTS = {  # 350 steps of a linear map are five passes over the lists (seconds), 70 of a whole encoder one
+    "base": Start(350, 16, 5, (1e-4, 2e-4, 4e-4, 8e-4), (0.03, 0.05, 0.1, 0.2), freeze=None),
+    "all-minilm-l6-v2": Start(70, 4, 3, (5e-6, 1e-5, 2e-5), (0.03, 0.05, 0.1), freeze=0, max_length=128)}
 AVERAGES = (0.3, 0.6, 1.0)  # shares of the way from the start's weights to the trained ones, for every arm
 GRADED = {"label_temperature": (0.2, 0.3, 0.5, 1.0), "target": ("all", "own")}
 LINE = {**GRADED, "order": (1, 2), "axis": ("grade", "gain")}
 
-
 @dataclass(frozen=True)
 class Arm:
     """One way of training: which lists (`training_set`), which loss, what is tuned, what is fixed."""
-
     name: str
     lists: str
     loss: str
     space: Mapping[str, tuple] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
-    settings_of: str | None = None  # an ablation: the tuned settings of this arm
-
+    parent: "Arm | None" = None  # an ablation: it has the tuned settings of this arm
 
 MAIN = (  # in the order in which a start that takes hours is worked through
     Arm("InfoNCE", "binary", "infonce"),  # the released synthetic binary recipe
@@ -67,93 +54,62 @@ MAIN = (  # in the order in which a start that takes hours is worked through
     Arm("Gaussian W2", "graded", "wasserstein_gaussian", GRADED),  # the released multi-level recipe
     Arm("KL", "graded", "kl", GRADED),
     Arm("InfoNCE, all lower", "graded", "infonce"),
-    Arm("InfoNCE, middle left out", "graded", "infonce", fixed={"ignore_between": True}),
-)
-CORE = ("InfoNCE", "Gaussian W2", "1-D W")
+    Arm("InfoNCE, middle left out", "graded", "infonce", fixed={"ignore_between": True}))
 
-
-def variant(parent: str, suffix: str, lists: str | None = None, **fixed: Any) -> Arm:
+def variant(name: str, suffix: str, lists: str | None = None, **fixed: Any) -> Arm:
     """An ablation of a main arm: its tuned settings, with other lists or some of them changed."""
-    arm = next(arm for arm in MAIN if arm.name == parent)
-    return Arm(f"{parent}, {suffix}", lists or arm.lists, arm.loss, arm.space, {**arm.fixed, **fixed}, parent)
+    arm = next(arm for arm in MAIN if arm.name == name)
+    return Arm(f"{name}, {suffix}", lists or arm.lists, arm.loss, arm.space, {**arm.fixed, **fixed}, arm)
 
-
-THREE = ("KL", "Gaussian W2", "1-D W")
+CORE, THREE = ("InfoNCE", "Gaussian W2", "1-D W"), ("KL", "Gaussian W2", "1-D W")
 ABLATIONS: dict[str, list[Arm]] = {
-    "label temperature": [
-        variant(name, f"label temperature {u:g}", label_temperature=u)
-        for name in THREE
-        for u in (0.1, 0.2, 0.3, 0.5, 1.0)
-    ],
-    "order and axis": [
-        variant("1-D W", f"order {p}, {x} axis", order=p, axis=x) for x in ("grade", "gain") for p in (1, 2)
-    ],
+    "label temperature": [variant(name, f"label temperature {u:g}", label_temperature=u)
+                          for name in THREE for u in (0.1, 0.2, 0.3, 0.5, 1.0)],
+    "order and axis": [variant("1-D W", f"order {p}, {x} axis", order=p, axis=x)
+                       for x in ("grade", "gain") for p in (1, 2)],
     "target": [variant(name, f"target {t}", target=t) for name in THREE for t in ("all", "own")],
     "batch, equal updates": [variant(n, f"batch {b}", batch_size=b) for n in CORE for b in (4, 16, 64)],
-    "batch, equal lists": [
-        variant(n, f"batch {b}, equal lists", batch_size=b, steps=350 * 16 // b)
-        for n in CORE
-        for b in (4, 16, 64)
-    ],
+    "batch, equal lists": [variant(n, f"batch {b}, equal lists", batch_size=b, steps=350 * 16 // b)
+                           for n in CORE for b in (4, 16, 64)],
     "queries": [variant(n, f"{q} queries", f"{q} queries") for n in CORE for q in (100, 300, 1000)],
     "generator": [variant(n, f"by {g}", g) for n in CORE[1:] for g in ("authored", "smollm2")],
-    "best and worst": [variant("1-D W", "best and worst passage", "ends")],
-}
-
+    "best and worst": [variant("1-D W", "best and worst passage", "ends")]}
 
 def draws(start: str, arm: Arm) -> list[dict[str, Any]]:
-    """The settings that tuning tries for an arm, drawn with a seed; the same in every call.
-
-    Each value of each setting comes equally often (a Latin hypercube), so that few trials cover a space.
-    """
+    """What tuning tries for an arm, the same in every call: a seeded Latin hypercube, nothing in it twice."""
     rng, count = random.Random(f"{start}/{arm.name}"), STARTS[start].trials
     space = {"lr": STARTS[start].lrs, "temperature": STARTS[start].temperatures, **arm.space}
     columns = []
     for values in space.values():
         order = rng.sample(values, len(values))
-        column = [order[n % len(order)] for n in range(count)]
-        columns.append(rng.sample(column, count))
-    grid = [dict(zip(space, values, strict=True)) for values in itertools.product(*space.values())]
-    spare, rows = iter(rng.sample(grid, len(grid))), []
-    for values in zip(*columns, strict=True):
-        row = dict(zip(space, values, strict=True))
-        while row in rows:  # a small space is covered whole rather than twice
-            row = next(spare)
-        rows.append(row)
-    return rows
-
+        columns.append(rng.sample([order[n % len(order)] for n in range(count)], count))
+    grid, rows = list(itertools.product(*space.values())), []
+    spare = iter(rng.sample(grid, len(grid)))
+    for row in zip(*columns, strict=True):
+        rows.append(row if row not in rows else next(other for other in spare if other not in rows))
+    return [dict(zip(space, row, strict=True)) for row in rows]
 
 class Sources:
-    """The lists that arms train on and the queries that tuning is judged on, read once.
+    """The lists that arms train on, and the queries that tuning is judged on; `wikiqa` has a train split."""
 
-    `wikiqa` is WikiQA with train judgments; the graded lists for its questions are the kit's.
-    """
-
-    def __init__(self, wikiqa: str, caches: Path = AUTHORED.parent) -> None:
-        names = ("authored.jsonl", "wikiqa-graded.jsonl", "smollm2-135m.jsonl")
-        self.files = [load_lists([caches / name], queries_from=wikiqa) for name in names]
-        self.authored, self.held_out = split_lists(self.files[0], HELD_OUT, SPLIT_SEED)
-        self.graded, self.smollm2 = self.files[1], {item.query.lower(): item for item in self.files[2]}
-        self.wikiqa, asked = wikiqa, {item.id for item in self.graded}
-        free = sorted(item.id for item in real_lists(wikiqa) if item.id not in asked)
+    def __init__(self, wikiqa: str) -> None:
+        self.wikiqa, names = wikiqa, ("authored", "wikiqa-graded", "smollm2-135m")
+        self.files = [load_lists([AUTHORED.with_name(f"{name}.jsonl")], wikiqa) for name in names]
+        (every, graded, _), small = self.files, {item.query.lower(): item for item in self.files[2]}
+        self.authored, self.held_out = split_lists(every, HELD_OUT, SPLIT_SEED)
+        both = [item for item in self.authored if item.query.lower() in small]  # for the same queries
+        self.named = {"same questions": graded, "authored": both}
+        self.named["smollm2"] = [small[item.query.lower()] for item in both]
+        free = sorted({item.id for item in real_lists(wikiqa)} - {item.id for item in graded})
         self.questions = set(random.Random(SPLIT_SEED).sample(free, min(QUESTIONS, len(free) // 2)))
-
-    def real(self, seed: int) -> list[GradedList]:
-        """Real lists (k = 3) for all train questions but those for development."""
-        return [item for item in real_lists(self.wikiqa, seed=seed) if item.id not in self.questions]
 
     def training_set(self, name: str, seed: int) -> list[GradedList]:
         """The lists of a name that an `Arm` gives; what a recipe draws, it draws with the run's seed."""
+        if name in self.named:
+            return self.named[name]
         if name.endswith(" queries"):
-            count = min(int(name.split()[0]), len(self.authored))
-            return random.Random(seed).sample(self.authored, count)
-        if name in ("authored", "smollm2"):  # both for the same queries
-            both = [item for item in self.authored if item.query.lower() in self.smollm2]
-            return both if name == "authored" else [self.smollm2[item.query.lower()] for item in both]
-        if name == "real":
-            return self.real(seed)
-        if name == "same questions":
-            return self.graded
-        if name == "synthetic + real":
-            return combine(self.graded, self.real(seed))
-        return recipe(self.authored, name, seed)
+            return random.Random(seed).sample(self.authored, min(int(name.split()[0]), len(self.authored)))
+        if name not in ("real", "synthetic + real"):
+            return recipe(self.authored, name, seed)
+        real = [item for item in real_lists(self.wikiqa, seed=seed) if item.id not in self.questions]  # k = 3
+        return real if name == "real" else combine(self.named["same questions"], real)

@@ -11,7 +11,7 @@ from typing import Any
 from repro.experiment import claims
 from repro.experiment.arms import ABLATIONS, MAIN, STARTS
 from repro.experiment.claims import Comparison, Run
-from repro.files import checked_output, ending, writing
+from repro.files import AUTHORED, checked_output, ending, writing
 
 TITLE = "# Results, written by `python -m repro.experiment.report`"
 RULE = f"""Scores are nDCG@10 unless a table says otherwise, mean ± deviation over seeds. A difference is the
@@ -22,6 +22,36 @@ Holm-corrected over the five claims of a start, is at most {claims.LEVEL} and th
 not hold* if that p is at most {claims.LEVEL} and the difference below 0, or if the interval ends below
 {claims.WORTHWHILE}; else it is *undecided*. An empty cell was not measured with all seeds of the arm. InfoNCE
 without an addition has the released synthetic binary recipe; "start" is the untrained encoder."""
+BUILD = """import gzip, json, pathlib
+ids = set(gzip.open("cached_prompts/dl19-pool.ids.gz", "rt").read().split())
+folder = pathlib.Path("dl19-pool")
+(folder / "qrels").mkdir(parents=True)
+with open(folder / "corpus.jsonl", "w") as corpus:
+    for line in open("collection.tsv", encoding="utf-8"):  # MS MARCO: id, text
+        key, text = line.rstrip("\\n").split("\\t")
+        if key in ids:
+            corpus.write(json.dumps({"_id": key, "title": "", "text": text}) + "\\n")
+rows = [line.split() for line in open("2019qrels-pass.txt")]  # query, Q0, passage, grade
+judged = {row[0] for row in rows}
+with open(folder / "queries.jsonl", "w") as queries:
+    for line in open("msmarco-test2019-queries.tsv", encoding="utf-8"):
+        key, text = line.rstrip("\\n").split("\\t")
+        if key in judged:
+            queries.write(json.dumps({"_id": key, "text": text}) + "\\n")
+table = "".join(f"{q}\\t{p}\\t{grade}\\n" for q, _, p, grade in rows if p in ids)
+(folder / "qrels" / "test.tsv").write_text("query-id\\tcorpus-id\\tscore\\n" + table)
+"""
+HOW = f"""Two commands make every row, the first from nothing (it goes on where it was stopped; start
+one a core, with OMP_NUM_THREADS=1), the second from the records:
+
+    python -m repro.experiment.run --wikiqa wikiqa --data sample dl19-pool wikiqa scifact cranfield
+    python -m repro.experiment.report
+
+The names are BEIR folders. These lines build dl19-pool from MS MARCO's and NIST's files:
+
+```python
+{BUILD}```"""
+MARKS = ("<!-- results -->", "<!-- /results -->")
 LOSSES = ("InfoNCE, all lower", "InfoNCE, middle left out", "KL", "Gaussian W2")
 SECONDARY = (
     *(("C1", arm, "InfoNCE") for arm in LOSSES),
@@ -30,32 +60,26 @@ SECONDARY = (
     *(("C3", arm, "InfoNCE, real") for arm in ("Gaussian W2", "1-D W, same questions")),
     *(("C4", "1-D W, synthetic + real", "InfoNCE, real"), ("C5", "1-D W, 2 grades", "InfoNCE")),
 )
-PARENT = {arm.name: arm.settings_of for arms in ABLATIONS.values() for arm in arms}
-NAMES = ("BM25", "start", "supervised", *(arm.name for arm in MAIN), *PARENT)
+PARENT = {arm.name: arm.parent.name for arms in ABLATIONS.values() for arm in arms}
+NAMES = ("BM25", "start", *(arm.name for arm in MAIN), *PARENT)
 PLACE = {name: n for n, name in enumerate(NAMES)}
-
 
 def _number(value: float, sign: str = "") -> str:
     text = f"{value:{sign}.3f}"
     return text if float(text) else "0.000"  # not -0.000
 
-
 def _p(p: float) -> str:
     return "< .001" if p < 0.001 else f"{p:.3f}".removeprefix("0")
-
 
 def _spread(values: Sequence[float]) -> str:
     return _number(fmean(values)) + (f" ± {_number(stdev(values))}" if len(values) > 1 else "")
 
-
 def _shown(one: Comparison | None) -> str:
     return "{} ({} to {})".format(*(_number(value, "+") for value in one[:3])) if one else ""
-
 
 def _table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
     head = list(header)
     return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (head, ["---"] * len(head), *rows))
-
 
 def _by_arm(runs: Sequence[Run], start: str, group: str) -> dict[str, list[Run]]:
     """{arm: runs}: the main arms with the references, an ablation with the main arms that it varies."""
@@ -64,23 +88,18 @@ def _by_arm(runs: Sequence[Run], start: str, group: str) -> dict[str, list[Run]]
     names = sorted(own | {PARENT.get(arm, arm) for arm in own}, key=lambda arm: (PLACE.get(arm, 99), arm))
     return {name: found for name in names if (found := [run for run in here if run["arm"] == name])}
 
-
 def _order(names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: (name not in claims.IN_DOMAIN, name))
-
 
 def _shared(runs: Iterable[Run]) -> list[str]:
     sets = [set(run["collections"]) for run in runs]  # what every run was scored on
     return _order(set.intersection(*sets) if sets else ())
 
-
 def _mean(run: Run, names: Iterable[str], measure: str = "ndcg@10") -> float:
     return fmean(run["collections"][name]["metrics"][measure] for name in names)
 
-
 def claims_table(
-    runs: Sequence[Run], start: str, pairs: Sequence[tuple[str, str, str]] = claims.CLAIMS
-) -> str:
+        runs: Sequence[Run], start: str, pairs: Sequence[tuple[str, str, str]] = claims.CLAIMS) -> str:
     """Differences with interval and p, and each collection alone; the five claims with their verdicts."""
     primary = pairs is claims.CLAIMS
     judged = [row for row in claims.judge(runs, start, pairs) if primary or row.comparison]
@@ -91,7 +110,6 @@ def claims_table(
         rows.append((row.claim, row.text, first, p, *[f"**{row.verdict}**"] * primary, *alone))
     head = ("corrected p", "verdict") if primary else ("p",)
     return _table(("claim", "compared", "difference", *head, *names), rows)
-
 
 def means_table(runs: Sequence[Run], start: str, group: str, measure: str = "ndcg@10") -> str:
     """Arms by collections, mean ± deviation over seeds; empty where a run of the arm was not scored."""
@@ -105,7 +123,6 @@ def means_table(runs: Sequence[Run], start: str, group: str, measure: str = "ndc
         cells = [_spread([_mean(run, c, measure) for run in found]) if c else "" for c in known]
         rows.append((arm, ", ".join(str(run["seed"]) for run in found if run["seed"] is not None), *cells))
     return _table(("arm", "seeds", f"mean of {len(votes)}", *(name for (name,) in columns[1:])), rows)
-
 
 def curve(runs: Sequence[Run], start: str, group: str, setting: str) -> dict[str, dict[Any, list[float]]]:
     """{main arm: {value of a setting: [mean nDCG@10 over voting collections that all share, one a seed]}}.
@@ -122,7 +139,6 @@ def curve(runs: Sequence[Run], start: str, group: str, setting: str) -> dict[str
             lines.setdefault(arm, {}).setdefault(x, []).append(_mean(run, votes))
     return {arm: dict(sorted(line.items())) for arm, line in lines.items()}
 
-
 def _tuning_table(tuning: dict[str, Any], start: str) -> str:
     rows, spaces = [], {arm.name: {"lr": STARTS[start].lrs, **arm.space} for arm in MAIN if start in STARTS}
     for arm, found in sorted(tuning.items(), key=lambda item: (PLACE.get(item[0], 99), item[0])):
@@ -134,7 +150,6 @@ def _tuning_table(tuning: dict[str, Any], start: str) -> str:
         rows.append((arm, len(values), *scores, ", ".join(best)))
     return _table(("arm", "trials", "start", "median trial", "best trial", "best settings"), rows)
 
-
 def _provenance(runs: Sequence[Run]) -> str:
     found: dict[tuple[str, ...], list[float]] = {}
     for run in runs:
@@ -145,6 +160,25 @@ def _provenance(runs: Sequence[Run]) -> str:
     rows = [(*key, len(minutes), f"{sum(minutes):.1f}") for key, minutes in sorted(found.items())]
     return _table(("", "commit", "format", "machine", "times", "minutes of training"), rows)
 
+def summary(folder: Path) -> str:
+    """README's few lines: where and how, then the five claims by start, at most 900 bytes."""
+    runs = claims.read_runs(folder)
+    starts = sorted({run["start"] for run in runs} - {None}, key=lambda name: (name != "base", name))
+    judged = {start: claims.judge(runs, start) for start in starts}
+    cells = {start: [row.verdict + (", " + _shown(row.comparison)) * bool(row.comparison) for row in rows]
+             for start, rows in judged.items()}
+    rows = [(row.claim, row.text.replace(" collections only", ""), *(cells[start][n] for start in starts))
+            for n, row in enumerate(judged[starts[0]])]
+    main = [run for run in runs if run["group"] == "main"]
+    about = []
+    for start in starts:
+        own = [run for run in main if run["start"] == start]
+        at = sorted({f"{run['trained']['machine']['device']} {run['trained']['dtype']}" for run in own})
+        about.append(f"`{start}`: {len({run['seed'] for run in own})} seeds at most, {', '.join(at)}")
+    votes = _order({name for run in runs for name in run["collections"]} - set(claims.NO_VOTE))
+    text = f"nDCG@10, mean difference over {', '.join(votes)}, with its 95 % interval. {'; '.join(about)}. "
+    text += "Rule and all tables: [results](repro/experiment/results/README.md)."
+    return f"{text}\n\n{_table(('', 'compared', *starts), rows)}\n"
 
 def report(folder: Path) -> str:
     """The whole page from a folder of records.  Raises ValueError if it has none, or for a bad one."""
@@ -154,7 +188,7 @@ def report(folder: Path) -> str:
     found, yes = {name: one for run in runs for name, one in run["collections"].items()}, ("yes", "no")
     rows = [(name, found[name]["passages"], found[name]["queries"]) for name in _order(found)]
     rows = [(*r, yes[r[0] in claims.IN_DOMAIN], yes[r[0] in claims.NO_VOTE]) for r in rows]
-    parts = [TITLE, RULE, _table(("collection", "passages", "queries", "shifted", "vote"), rows)]
+    parts = [TITLE, RULE, HOW, _table(("collection", "passages", "queries", "shifted", "vote"), rows)]
     for start in sorted({run["start"] for run in runs} - {None}, key=lambda name: (name != "base", name)):
         here = [run for run in runs if run["start"] in (None, start)]
         seeds = sorted({run["seed"] for run in here if run["group"] == "main"})
@@ -178,7 +212,6 @@ def report(folder: Path) -> str:
             parts += ["## Speed", f"On {machine}:", _table(bench["rows"][0], rows)]
     return "\n\n".join(parts) + "\n"
 
-
 def main(argv: list[str] | None = None) -> int:
     """Command line: write README.md of the results, or exit with 1 if it is not what would be written."""
     parser = argparse.ArgumentParser(prog="python -m repro.experiment.report", description=__doc__)
@@ -187,17 +220,24 @@ def main(argv: list[str] | None = None) -> int:
     args, stale = parser.parse_args(argv), []
 
     def work() -> None:
-        text = report(args.results)
-        path = checked_output(args.results / "README.md", lambda line: line.strip() == TITLE)
-        if not args.check:
-            with writing(path) as sink:
-                sink.write(text)
-        elif not path.exists() or path.read_text(encoding="utf-8") != text:
-            print(f"{path} is out of date: `python -m repro.experiment.report` writes it", file=sys.stderr)
-            stale.append(path)
+        page = checked_output(args.results / "README.md", lambda line: line.strip() == TITLE)
+        texts, readme = {page: report(args.results)}, AUTHORED.parents[1] / "README.md"
+        if args.results == claims.RESULTS:
+            before, _, rest = readme.read_text(encoding="utf-8").partition(MARKS[0])
+            after = rest.partition(MARKS[1])[2]
+            if after:
+                texts[readme] = f"{before}{MARKS[0]}\n{summary(args.results)}{MARKS[1]}{after}"
+            else:
+                print(f"{readme}: has no marks {' ... '.join(MARKS)}, so it stays as it is", file=sys.stderr)
+        for path, text in texts.items():
+            if not args.check:
+                with writing(path) as sink:
+                    sink.write(text)
+            elif not path.exists() or path.read_text(encoding="utf-8") != text:
+                print(f"{path}: out of date; `python -m repro.experiment.report` writes it", file=sys.stderr)
+                stale.append(path)
 
     return ending(work) or len(stale)
-
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,10 +1,7 @@
 """Tune, train and score every arm, and keep one small record a run; nothing that is recorded is repeated.
 
-    python -m repro.experiment.run --wikiqa FOLDER --data FOLDER... [--start NAME] [--group NAME...]
-
 Start it as often as there are cores (OMP_NUM_THREADS=1 each): the processes share the work by lock files.
-Tuning looks at development queries only: held-out authored lists, ranked among their passages, and WikiQA
-train questions, ranked among their sentences and 2,000 others; half the weight each.
+Tuning looks at development queries only.
 """
 
 import argparse
@@ -13,225 +10,163 @@ import random
 import subprocess
 import sys
 import time
-from functools import cache, cached_property
+from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from repro.checkpoints import cache_dir, machine, pick_dtype
 from repro.data import as_collection, load_beir
 from repro.encoder import BiEncoder
 from repro.evaluate import evaluate_model
 from repro.experiment.arms import ABLATIONS, AVERAGES, BATCH, MAIN, SPLIT_SEED, STARTS, Arm, Sources, draws
-from repro.experiment.claims import RESULTS, read_runs, read_tuning, write_runs, write_tuning
-from repro.files import ending, locked
+from repro.experiment.claims import RESULTS, read_runs, read_tuning, write_runs
+from repro.files import ending, write_json
 from repro.train import TrainConfig, train_encoder
 
-GROUPS = ("references", "main", *ABLATIONS)
 DISTRACTORS, DIGITS = 2000, 5
-
-
-@cache
-def commit() -> str | None:
-    """The commit of the code that runs, with a + if files have changed since; None outside a checkout."""
-    git = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--abbrev=12",
-        "--dirty=+",
-        "--exclude=*",
-    ]
-    done = subprocess.run(git, capture_output=True, text=True)
-    return done.stdout.strip() or None if done.returncode == 0 else None
-
+REFERENCES = {"BM25": "bm25"}  # of no start
 
 class Study:
     """What the runs of one start share: its encoder, the lists, the collections, the records."""
 
     def __init__(self, start: str, args: argparse.Namespace) -> None:
         self.name, self.start, self.args = start, STARTS[start], args
-        self.sources = Sources(args.wikiqa)
-        self.data = {"sample" if path == "sample" else Path(path).resolve().name: path for path in args.data}
-        if len(self.data) < len(args.data):
+        self.collections = {Path(path).resolve().name: load_beir(path) for path in args.data}
+        if len(self.collections) < len(args.data):
             raise ValueError(f"--data: two collections have the same name, {', '.join(args.data)}")
-        self.collections = {
-            name: load_beir(path) for name, path in self.data.items()
-        }  # refused before any run
+        self.sources = Sources(args.wikiqa)
         native = self.start.freeze is not None and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        self.dtype = args.dtype if args.dtype != "auto" else "bfloat16" if native else "float32"
-        self.lock = FileLock(cache_dir() / "experiment.lock")
+        dtype = args.dtype if args.dtype != "auto" else "bfloat16" if native else "float32"
+        git = "git describe --always --abbrev=12 --dirty=+ --exclude='*'"  # in a shell: there may be no git
+        done = subprocess.run(git, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
+        self.place = {"commit": done.stdout.strip() or None, "machine": machine(args.device), "dtype": dtype}
+        self.records = FileLock(cache_dir() / "experiment.lock")  # waits; the locks of runs do not
 
     @cached_property
     def encoder(self) -> BiEncoder:
         """The start, frozen as its arms freeze it."""
-        encoder = BiEncoder.load(self.start.model, self.args.device, "float32")
+        encoder = BiEncoder.load(self.name, self.args.device, "float32")
         encoder.max_length = self.start.max_length or encoder.max_length
-        depth = encoder.model.config.num_hidden_layers
-        encoder.freeze(depth if self.start.freeze is None else self.start.freeze)
+        layers = self.start.freeze
+        encoder.freeze(encoder.model.config.num_hidden_layers if layers is None else layers)
         if encoder.frozen_whole:  # file by file, so that the kept blocks are the same whatever an arm mixes
             for lists in self.sources.files:
                 encoder.mean_vectors([item.query for item in lists], "query", progress=True)
                 encoder.mean_vectors([p for item in lists for p in item.passages], "passage", progress=True)
-            encoder.mean_vectors(
-                list(load_beir(self.args.wikiqa, "train")[0].values()), "passage", progress=True
-            )
+            sentences, _, _ = load_beir(self.args.wikiqa, "train")
+            encoder.mean_vectors([*sentences.values()], "passage", progress=True)
         return encoder
 
     @cached_property
     def development(self) -> list[tuple]:
-        """Two small collections (corpus, queries, qrels): held-out authored lists, WikiQA train questions."""
+        """(corpus, queries, qrels) of held-out authored lists, and of WikiQA train questions among 2,000."""
         corpus, queries, qrels = load_beir(self.args.wikiqa, "train")
         qrels = {query: qrels[query] for query in sorted(self.sources.questions)}
-        judged = {passage for row in qrels.values() for passage in row}
-        others = sorted(corpus.keys() - judged)
-        judged |= set(random.Random(SPLIT_SEED).sample(others, min(DISTRACTORS, len(others))))
-        return [
-            as_collection(self.sources.held_out),
-            ({key: corpus[key] for key in sorted(judged)}, queries, qrels),
-        ]
+        kept = {passage for row in qrels.values() for passage in row}
+        others = sorted(corpus.keys() - kept)
+        kept |= set(random.Random(SPLIT_SEED).sample(others, min(DISTRACTORS, len(others))))
+        return [as_collection(self.sources.held_out), ({p: corpus[p] for p in sorted(kept)}, queries, qrels)]
 
-    def trained(
-        self, arm: Arm, settings: dict[str, Any], seed: int
-    ) -> tuple[BiEncoder, dict[str, Any], float]:
+    def trained(self, arm: Arm, settings: dict[str, Any], seed: int) -> tuple[BiEncoder, dict, float]:
         """A copy of the start, trained: (encoder, its settings, minutes)."""
-        lists = self.sources.training_set(arm.lists, seed)
-        common = {"loss": arm.loss, "seed": seed, "steps": self.start.steps, "batch_size": BATCH}
-        common |= {"freeze": self.start.freeze, "dtype": self.dtype}
-        encoder = copy.deepcopy(self.encoder)
-        config = TrainConfig(**{**common, **settings, **arm.fixed})
+        lists, encoder = self.sources.training_set(arm.lists, seed), copy.deepcopy(self.encoder)
+        values = {"steps": self.start.steps, "batch_size": BATCH, "freeze": self.start.freeze, **settings}
+        config = TrainConfig(loss=arm.loss, seed=seed, dtype=self.place["dtype"], **{**values, **arm.fixed})
         config, rows, minutes = train_encoder(encoder, lists, config)
         keys = ("loss", "steps", "batch_size", "lr", "temperature", "average", "ignore_between", *arm.space)
-        told = {key: getattr(config, key) for key in keys}
-        told |= {"lists": arm.lists, "queries": len(lists), "last_loss": round(rows[-1]["loss"], 6)}
-        return encoder, told, round(minutes, 3)
+        told = {"lists": arm.lists, "queries": len(lists), "last_loss": round(rows[-1]["loss"], 6)}
+        return encoder, {key: getattr(config, key) for key in keys} | told, round(minutes, 3)
 
     @torch.no_grad()
     def scorer(self, encoder: BiEncoder, share: float = 1.0) -> BiEncoder:
         """A copy in the number format of scoring, its weights `share` of the way from the start's."""
         encoder = copy.deepcopy(encoder)
         for now, then in zip(encoder.parameters(), self.encoder.parameters(), strict=True):
-            now.copy_(torch.lerp(then, now, share) if share != 1 else now)
-        encoder.model.to(pick_dtype(self.dtype))
+            now.copy_(torch.lerp(then, now, share))
+        encoder.model.to(pick_dtype(self.place["dtype"]))
         return encoder
 
     def development_ndcg(self, encoder: BiEncoder) -> float:
-        """Mean of nDCG@10 on the two development collections."""
-        scores = [
-            evaluate_model(encoder, *each, measures=("ndcg@10",), top_k=10) for each in self.development
-        ]
-        return round(sum(score["metrics"]["ndcg@10"] for score in scores) / len(scores), DIGITS)
+        """nDCG@10 on development data: held-out authored lists and WikiQA questions, half the weight each."""
+        found = [evaluate_model(encoder, *each, measures=("ndcg@10",), top_k=10) for each in self.development]
+        return round(fmean(each["metrics"]["ndcg@10"] for each in found), DIGITS)
 
     def tuned(self, arm: Arm) -> dict[str, Any]:
         """The arm's best settings on the development queries; trials that are recorded are not repeated."""
-        name = arm.settings_of or arm.name
-        arm = next(each for each in MAIN if each.name == name)
-        plan = draws(self.name, arm)
-        with locked(cache_dir() / f"tune-{self.name}-{name}"):  # ValueError: another process is at it
-            for settings in plan:
-                trials = read_tuning(RESULTS).get(self.name, {}).get(name, {}).get("trials", [])
-                if any(all(trial[key] == value for key, value in settings.items()) for trial in trials):
+        with FileLock(cache_dir() / f".tune-{self.name}-{arm.name}.lock", timeout=0):
+            for settings in draws(self.name, arm):
+                trials = read_tuning(RESULTS).get(self.name, {}).get(arm.name, {}).get("trials", [])
+                if any(settings.items() <= trial.items() for trial in trials):
                     continue
                 encoder, _, _ = self.trained(arm, settings, seed=0)
                 scores = {share: self.development_ndcg(self.scorer(encoder, share)) for share in AVERAGES}
-                print(f"{self.name}, {name}: {settings}: {scores}", flush=True)
-                with self.lock:
+                print(f"{self.name}, {arm.name}: {settings}: {scores}", flush=True)
+                with self.records:
                     table = read_tuning(RESULTS)
-                    found = table.setdefault(self.name, {}).setdefault(name, {"best": {}, "trials": []})
+                    found = table.setdefault(self.name, {}).setdefault(arm.name, {"trials": []})
                     found["trials"] += [{**settings, "average": a, "ndcg@10": v} for a, v in scores.items()]
                     best = max(found["trials"], key=lambda row: row["ndcg@10"])
                     found["best"] = {key: value for key, value in best.items() if key != "ndcg@10"}
                     found["start"] = found.get("start") or self.development_ndcg(self.scorer(self.encoder))
-                    write_tuning(RESULTS, table)
-        return read_tuning(RESULTS)[self.name][name]["best"]
+                    write_json(RESULTS / "tuning.json", table)
+        return read_tuning(RESULTS)[self.name][arm.name]["best"]
 
-    def is_parent(self, arm: Arm, best: dict[str, Any]) -> bool:
-        """Whether an ablation is its main arm over again, in all settings."""
-        parent = next(each for each in MAIN if each.name == arm.settings_of)
-        settings = {"steps": self.start.steps, "batch_size": BATCH, **best, **parent.fixed}
-        return arm.lists == parent.lists and {**settings, **arm.fixed} == settings
-
-    def record(self, group: str, arm: Arm | str, seed: int | None) -> bool:
-        """Make one run, or add the collections that its record lacks; whether there was anything to do."""
+    def record(self, group: str, arm: Arm | str, seed: int | None) -> None:
+        """Make one run, or add the collections that its record lacks.  Timeout: another process is at it."""
         name = arm if isinstance(arm, str) else arm.name
-        key = {"start": None if name in ("BM25", "supervised") else self.name, "arm": name, "seed": seed}
-        runs = read_runs(RESULTS)
-        run = next((r for r in runs if all(r[k] == v for k, v in key.items())), None)
-        missing = [c for c in self.data if run is None or c not in run["collections"]]
-        if not missing:
-            return False
-        with locked(cache_dir() / f"run-{'-'.join(map(str, key.values()))}"):
-            began, settings, development, minutes = time.monotonic(), {}, None, 0.0
-            if isinstance(arm, Arm):
-                best = self.tuned(arm)
-                if arm.settings_of and self.is_parent(arm, best):
-                    return False  # stored once, under the main arm's name
+        key = {"start": None if name in REFERENCES else self.name, "arm": name, "seed": seed}
+        with FileLock(cache_dir() / f".run-{key['start']}-{name}-{seed}.lock", timeout=0):
+            run = next((r for r in read_runs(RESULTS) if key.items() <= r.items()), key | {"collections": {}})
+            if not (missing := self.collections.keys() - run["collections"].keys()):
+                return
+            settings, development, minutes = {}, None, 0.0
+            if isinstance(arm, str):
+                model = REFERENCES.get(name) or self.scorer(self.encoder)
+            else:
+                best, same = self.tuned(arm.parent or arm), {"steps": self.start.steps, "batch_size": BATCH}
+                if arm.parent and arm.lists == arm.parent.lists and (
+                        arm.fixed.items() <= {**same, **best, **arm.parent.fixed}.items()):
+                    return  # its main arm over again in all settings: stored once, under that name
                 encoder, settings, minutes = self.trained(arm, best, seed)
                 model = self.scorer(encoder)
                 development = self.development_ndcg(model)
-            else:
-                named = {"BM25": "bm25", "supervised": "all-minilm-l6-v2"}
-                model = named[name] if name in named else self.scorer(self.encoder)
-            place = {"commit": commit(), "machine": machine(self.args.device), "dtype": self.dtype}
-            fresh = {**key, "group": group, "settings": settings, "development": development}
-            run = run or {**fresh, "minutes": minutes, "trained": place, "collections": {}, "per_query": {}}
-            for each in missing:
+            run = {"group": group, "settings": settings, "development": development, "minutes": minutes,
+                   "trained": self.place, "per_query": {}, **run}
+            for each in sorted(missing):
                 corpus, queries, qrels = self.collections[each]
                 found = evaluate_model(model, corpus, queries, qrels)
                 metrics = {measure: round(value, DIGITS) for measure, value in found["metrics"].items()}
-                run["collections"][each] = {
-                    "metrics": metrics,
-                    "passages": len(corpus),
-                    "queries": len(qrels),
-                    **place,
-                }
-                run["per_query"][each] = {
-                    query: round(row["ndcg@10"], DIGITS) for query, row in found["per_query"].items()
-                }
-            with self.lock:
-                runs = [r for r in read_runs(RESULTS) if any(r[k] != v for k, v in key.items())]
-                write_runs(RESULTS, [*runs, run])
-        shown = {each: values["metrics"]["ndcg@10"] for each, values in run["collections"].items()}
-        print(
-            f"{self.name}, {name}, seed {seed}: {shown} ({(time.monotonic() - began) / 60:.1f} min)",
-            flush=True,
-        )
-        return True
-
+                counts = {"passages": len(corpus), "queries": len(qrels)}
+                run["collections"][each] = {"metrics": metrics, **counts, **self.place}
+                run["per_query"][each] = {query: row["ndcg@10"] for query, row in found["per_query"].items()}
+                print(f"{self.name}, {name}, seed {seed}: {each} {metrics}", flush=True)
+            with self.records:
+                write_runs(RESULTS, [*(r for r in read_runs(RESULTS) if not key.items() <= r.items()), run])
 
 def jobs(args: argparse.Namespace, start: str) -> list[tuple[str, Any, int | None]]:
     """(group, arm, seed) of all runs of a start; the arms inside, so that they have equally many seeds."""
-    wanted: list[tuple[str, Any, int | None]] = []
-    if "references" in args.group:
-        wanted += [("references", "start", None)]
-        wanted += [("references", name, None) for name in ("BM25", "supervised") if start == "base"]
+    names = ("start", *REFERENCES) if start == "base" else ("start",)
+    wanted = [("references", name, None) for name in names if "references" in args.group]
     for group in args.group:
         arms = MAIN if group == "main" else ABLATIONS.get(group, ()) if start == "base" else ()
-        seeds = STARTS[start].seeds if group == "main" else 3
-        wanted += [
-            (group, arm, seed)
-            for seed in range(seeds)
-            for arm in arms
-            if not args.arm or arm.name in args.arm
-        ]
+        seeds = range(STARTS[start].seeds if group == "main" else 3)
+        wanted += [(group, arm, n) for n in seeds for arm in arms if not args.arm or arm.name in args.arm]
     return wanted
-
 
 def main(argv: list[str] | None = None) -> int:
     """Command line: run what has no complete record."""
-    parser = argparse.ArgumentParser(
-        prog="python -m repro.experiment.run", description=__doc__.split("\n\n")[0]
-    )
+    parser = argparse.ArgumentParser("python -m repro.experiment.run", description=__doc__.split("\n\n")[0])
+    groups, add = ("references", "main", *ABLATIONS), parser.add_argument
     known = [arm.name for arms in (MAIN, *ABLATIONS.values()) for arm in arms]
-    add = parser.add_argument
     add("--wikiqa", required=True, help="WikiQA in BEIR layout, with qrels/train.tsv")
     add("--data", nargs="+", default=["sample"], help="test collections: BEIR folders, hub ids, or sample")
     add("--start", nargs="+", choices=STARTS, default=list(STARTS))
-    add("--group", nargs="+", choices=GROUPS, default=list(GROUPS))
+    add("--group", nargs="+", choices=groups, default=groups)
     add("--arm", nargs="+", choices=known, metavar="ARM", help="only these arms")
     add("--device", default="cpu")
     add("--dtype", default="auto", help="of the arms that train whole (default: bfloat16 where it is native)")
@@ -241,20 +176,12 @@ def main(argv: list[str] | None = None) -> int:
         for start in args.start:
             study, left = Study(start, args), jobs(args, start)
             while left:
-                later = []
-                for job in left:
-                    try:
+                for job in left[:]:
+                    with suppress(Timeout):  # another process is at it: look again later
                         study.record(*job)
-                    except ValueError as error:
-                        if "another process is writing" not in str(error):
-                            raise
-                        later.append(job)
-                if later == left:
-                    time.sleep(20)  # another process has all that is left under way
-                left = later
-
+                        left.remove(job)
+                time.sleep(20 if left else 0)
     return ending(work)
-
 
 if __name__ == "__main__":
     sys.exit(main())
