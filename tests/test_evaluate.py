@@ -43,7 +43,8 @@ def test_search_equals_a_full_sort_with_ties(seed, n_queries, n, block, data):
     # small whole numbers: products are exact, ties are many, some of 0.0 and -0.0
     both = torch.randint(-2, 3, (n_queries + n, 2), generator=generator).float()
     queries, passages = both[:n_queries], both[n_queries:]
-    for found, expected in zip(search(queries, passages, k, block), full_sort(queries, passages, k), strict=True):
+    both = zip(search(queries, passages, k, block), full_sort(queries, passages, k), strict=True)
+    for found, expected in both:
         assert np.array_equal(found, expected)
 
 def test_search_compares_block_by_block(monkeypatch):
@@ -88,7 +89,7 @@ def test_a_query_does_not_find_itself_but_finds_another_text_under_its_id():
 
 def test_bm25_by_hand(capfd):
     def score(f, n_w, length):  # words: a = cat chase mice, b = cat cat, c = dog bark loudly dog, d = none
-        return math.log(1 + (4 - n_w + 0.5) / (n_w + 0.5)) * f / (f + 0.9 * (1 - 0.4 + 0.4 * length / (9 / 4)))
+        return math.log(1 + (4 - n_w + 0.5) / (n_w + 0.5)) * f / (f + 0.9 * (0.6 + 0.4 * length / (9 / 4)))
 
     corpus = {"a": "Cats chase mice", "b": "The cat, the cat!", "c": "dogs bark loudly at dogs", "d": "the"}
     queries = {"q": "cats", "twice": "cat cat", "two": "dog mice", "none": "the", "new": "zebra"}

@@ -41,9 +41,10 @@ def test_imports_go_one_way_and_files_are_short(module: str) -> None:
             assert ast.get_docstring(node), f"{module}: {node.name} has no docstring"
 
 def test_line_budgets_and_width() -> None:
-    for folder, most in (("repro", 2900), ("tests", 2300)):
+    """Lines of code, comments and docstrings; blank ones are not counted."""
+    for folder, most in (("repro", 2760), ("tests", 2310)):
         texts = {path: path.read_text(encoding="utf-8") for path in (ROOT / folder).rglob("*.py")}
-        assert sum(text.count("\n") for text in texts.values()) <= most
+        assert sum(bool(line.strip()) for text in texts.values() for line in text.splitlines()) <= most
         wide = [path.name for path, text in texts.items() for line in text.splitlines() if len(line) > 110]
         assert not wide
 

@@ -36,7 +36,7 @@ def compare(differences: Mapping[str, Mapping[str, float]], seed=0, resamples=10
     """Paired comparison from {collection: {query: score of one system - score of the other}}, in any order.
     difference: mean over collections of the mean over queries.  p, two-sided: each query's sign is flipped by
     a coin; (count + 1) / (resamples + 1), count = samples at least as far from 0 (stratified paired
-    permutation test).  low, high: percentiles 2.5 and 97.5, queries drawn anew within collections (bootstrap).
+    permutation test).  low, high: percentiles 2.5 and 97.5, queries drawn anew in collections (bootstrap).
     Raises ValueError for no collection, one with fewer than 2 queries, or a value that is not finite.
     """
     rows = [np.array([found[q] for q in sorted(found)], float) for _, found in sorted(differences.items())]
@@ -71,7 +71,8 @@ def differences(runs: Sequence[Run], start: str, better: str, than: str) -> dict
         queries = both[0][name].keys()
         if any(scores[name].keys() != queries for scores in both):
             raise ValueError(f"{name}: the runs of {better} and {than} did not answer the same queries")
-        found[name] = {q: fmean(r[name][q] for r in ours) - fmean(r[name][q] for r in theirs) for q in queries}
+        mean = [{q: fmean(r[name][q] for r in side) for q in queries} for side in (ours, theirs)]
+        found[name] = {q: mean[0][q] - mean[1][q] for q in queries}
     return found
 
 def verdict(found: Comparison | None, p: float) -> str:

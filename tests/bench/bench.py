@@ -26,7 +26,8 @@ import transformers
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from repro import checkpoints, data, encoder, evaluate, files, generate, losses, metrics, prompts, train  # noqa: E402
+from repro import checkpoints, data, encoder, evaluate, files, generate  # noqa: E402
+from repro import losses, metrics, prompts, train  # noqa: E402
 
 OUT = Path(losses.__file__).parent / "experiment" / "results" / "bench.json"
 COLUMNS = ("what", "format", "peer", "unit", "ours", "peer's", "ratio", "goal", "note")
