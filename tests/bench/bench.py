@@ -131,7 +131,7 @@ def bench_generation(collection: str) -> Iterator[Row]:
     pipe = transformers.pipeline("text-generation", model=model, tokenizer=mine.tokenizer)
     pipe = partial(pipe, **options, do_sample=True, return_full_text=False)
     parts = iter([chats[n :: TURNS + 1] for n in range(TURNS + 1)])  # one by one: another part each turn
-    what, ours = f"generation, {count} prompts, {new} new tokens", partial(mine.reply, jobs, sampling, id)
+    what, ours = f"generation, {count} prompts, {new} new tokens", partial(mine.reply, jobs, sampling)
     one, size = lambda: pipe(next(parts)), ("tokens/s", count * new)
     yield row(what, "pipeline, one by one", *size, ours, one, 5, share=1 / (TURNS + 1))
     yield row(what, f"pipeline, batch {count}", *size, ours, partial(pipe, chats, batch_size=count), 1)
