@@ -17,7 +17,7 @@ from repro.files import as_grade, one_line, read_jsonl, read_lines, text_field
 
 COLUMNS = ("query-id", "corpus-id", "score")
 RECIPES = {"graded": "every passage with its own grade",
-           "binary": "the released synthetic binary: one positive drawn from grades 3 and 2, then 1 and 0",
+           "binary": "the released synthetic binary: a positive drawn from grades 3 and 2, negatives 1 and 0",
            "ends": "two grades: only the best and the worst passage, as of a prompt for one of each",
            "merged": "two grades by merging: 3 stays 3; 2, 1 and 0 become 0"}
 

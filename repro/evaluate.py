@@ -67,9 +67,9 @@ def _as_run(rows: Iterable[tuple], corpus: Texts, queries: Texts, k: int) -> met
 
 def retrieve(model: Any, corpus: Texts, queries: Texts, k: int, batch_size: int = 32, progress: bool = False
              ) -> metrics.Run:
-    """Rank the corpus for every query with `model.encode`: {query id: {passage id: score}}, the best k each.
-    Of equal scores the earlier passage is kept; a query does not find itself (`_as_run`)."""
+    """The best k passages of every query by `model.encode`, the earlier of equals; no query finds itself."""
     options = {"batch_size": batch_size, "progress": progress}
+
     class Encoded(list):  # texts; a slice of them is their embeddings, as if they were a matrix
         def __getitem__(self, rows: slice) -> Tensor:
             return model.encode(super().__getitem__(rows), kind="passage", **options)

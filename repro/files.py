@@ -85,7 +85,8 @@ def as_grade(value: Any, where: str) -> int:
     """A whole grade >= 0, from a number or from plain digits.  Raises ValueError naming `where` otherwise."""
     if isinstance(value, str) and re.fullmatch(" *[0-9]{1,9} *", value):
         return int(value)
-    if isinstance(value, int | float) and not isinstance(value, bool) and value in range(10**9):
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_number and 0 <= value < 1e9 and value == int(value):
         return int(value)
     raise ValueError(f"{where}: expected a whole grade of 0 or more, found {value!r}")
 

@@ -25,7 +25,6 @@ class TableEncoder:
     """Looks vectors up and remembers what it was asked."""
     def __init__(self, table=TABLE):
         self.table, self.calls, self.projection = table, [], None
-
     def encode(self, texts, kind, batch_size=32, progress=False):
         self.calls.append((kind, list(texts)))
         return torch.tensor([self.table[text] for text in texts], dtype=torch.float32)
@@ -41,10 +40,8 @@ def full_sort(queries, passages, k):
 def test_search_equals_a_full_sort_with_ties(seed, n_queries, n, block, data):
     k, generator = data.draw(st.integers(1, n)), torch.Generator().manual_seed(seed)
     # small whole numbers: products are exact, ties are many, some of 0.0 and -0.0
-    both = torch.randint(-2, 3, (n_queries + n, 2), generator=generator).float()
-    queries, passages = both[:n_queries], both[n_queries:]
-    both = zip(search(queries, passages, k, block), full_sort(queries, passages, k), strict=True)
-    for found, expected in both:
+    both = torch.randint(-2, 3, (n_queries + n, 2), generator=generator).float().split([n_queries, n])
+    for found, expected in zip(search(*both, k, block), full_sort(*both, k), strict=True):
         assert np.array_equal(found, expected)
 
 def test_search_compares_block_by_block(monkeypatch):
@@ -126,8 +123,8 @@ def test_the_record_of_the_command(loaded, tmp_path, capsys):
         assert evaluate.main([*command, "--out", str(target)]) == 0
     record = json.loads(out.read_text())
     assert link.is_symlink() and str(tmp_path) not in out.read_text()  # no machine path
-    keys = "collection split model device dtype top_k".split()
-    assert [record[key] for key in keys] == ["tiny", "test", "tiny", "cpu", "float32", 5]
+    expected = {"split": "test", "model": "tiny", "device": "cpu", "dtype": "float32", "top_k": 5}
+    assert record == record | expected and next(iter(record.items())) == ("collection", "tiny")
     assert record["counts"] == {"passages": 5, "queries": 2, "judgments": 3}
     # p1 and p5 both score 0 for q2; equal scores are ranked by id downwards, so p5 is fourth of five
     assert record["per_query"]["q2"] == {"ndcg@10": 1 / math.log2(5), "mrr@10": 0.25, "recall@100": 1}
@@ -156,7 +153,7 @@ def test_only_judged_queries_are_asked_after_all_checks():
     for qrels, message in (({"q9": {"p1": 1}}, "judged query 'q9' has no text"), ({}, "no judgments")):
         with pytest.raises(ValueError, match=message):
             evaluate_model(model, CORPUS, QUERIES, qrels)
-    evaluate_model(model, CORPUS, QUERIES, QRELS, top_k=2, measures=["ndcg@10", "mrr@2"])
+    evaluate_model(model, CORPUS, QUERIES, QRELS)
     assert model.calls[0] == ("query", ["ask one", "ask two"])
 
 def test_kept_vectors_change_no_score_and_serve_the_next_model(tiny_llama, tmp_path, monkeypatch):
