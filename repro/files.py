@@ -36,8 +36,7 @@ def ending(work: Callable[[], object]) -> int:
 def read_lines(path: str | Path) -> Iterator[tuple[str, str]]:
     """Yield ("path:number", line) of a UTF-8 text file, plain or .gz; blank lines are left out.
 
-    Raises ValueError if the file is missing, unreadable, damaged or not UTF-8.
-    """
+    Raises ValueError if the file is missing, unreadable, damaged or not UTF-8."""
     path, number = Path(path), 0
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
@@ -114,8 +113,7 @@ def checked_output(path: str | Path, own: Callable[[str], bool]) -> Path:
 def writing(path: str | Path) -> Iterator[IO[str]]:
     """Open a UTF-8 text file that takes the place of `path` whole if the block ends well, or else not at all.
 
-    A symlink stays one and its target is replaced; a device or a pipe takes the text as it comes.
-    """
+    A symlink stays one and its target is replaced; a device or a pipe takes the text as it comes."""
     path = Path(path).expanduser()
     if path.exists() and not path.is_file():
         scratch = target = path

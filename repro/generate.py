@@ -175,8 +175,7 @@ def generate(queries: Sequence[str] | Mapping[str, str], generator: Any, *, plan
 
     A reply that cannot be read gives `passages` None and the reason in `error`; it is asked again, up to
     `retries` times, with new seeds. What is in the file `out` is not made again. Unrelated queries are drawn
-    from `pool` (default: `queries`). Raises ValueError, before any work, for what does not fit.
-    """
+    from `pool` (default: `queries`). Raises ValueError, before any work, for what does not fit."""
     items = queries.items() if isinstance(queries, Mapping) else enumerate(queries, start=1)
     queries = {key if isinstance(key, str) else f"q{key:05d}": query.strip() for key, query in items}
     calls, rows, pool = prompts.calls(plan), generator.batch_size, list(pool or queries.values())

@@ -154,8 +154,7 @@ def parse_reply(text: str, levels: tuple[int, ...] = LEVELS) -> dict[int, str]:
 
     Accepted are JSON (also with single quotes or a comma too many) and labelled lines ("Level 3: ...",
     "**3** ...", "[3] ...", "Perfectly relevant: ..."), with prose or fences around; other levels are ignored.
-    Raises ReplyError with one reason: nothing found, levels missing, with two texts or none, a wrong type.
-    """
+    Raises ReplyError with one reason: nothing found, levels missing, with two texts or none, a wrong type."""
     if not isinstance(text, str) or len(text) > LONGEST_REPLY:
         raise ReplyError(f"expected text of at most {LONGEST_REPLY} characters")
     text = re.sub(r"[ \t\x00]+", " ", text)  # also keeps the patterns linear in the length of blank runs

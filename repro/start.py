@@ -33,8 +33,7 @@ RECIPE = f"sif {SIF_A}, whitening {SOFTNESS}, cuts {SPAN}, {EPOCHS} x {BATCH} at
 def sif_weights(ids: Sequence[Sequence[int]], vocabulary: int, a: float = SIF_A) -> Tensor:
     """Smooth inverse frequency of each token, w = a / (a + p), p its share of all tokens: (V,).
 
-    Arora et al. 2017, "A Simple but Tough-to-Beat Baseline for Sentence Embeddings".
-    """
+    Arora et al. 2017, "A Simple but Tough-to-Beat Baseline for Sentence Embeddings"."""
     counts = torch.bincount(torch.tensor([token for row in ids for token in row]), minlength=vocabulary)
     return a / (a + counts / counts.sum())
 
@@ -42,8 +41,7 @@ def whitening(vectors: Tensor, softness: float = SOFTNESS) -> Tensor:
     """Soft ZCA whitening of (n, d) vectors, W = V (L + softness * mean(L))^(-1/2) V^T, |W|_F = sqrt(d).
 
     V L V^T is the covariance.  Softness 0 gives every direction the same variance, noise included (Su et al.
-    2021, arXiv 2103.15316, up to a rotation); a large one gives the identity, whose scale W has.
-    """
+    2021, arXiv 2103.15316, up to a rotation); a large one gives the identity, whose scale W has."""
     values, directions = torch.linalg.eigh(torch.cov(vectors.double().T))
     scales = (values.clamp(min=0) + softness * values.mean()).rsqrt()
     w = directions @ torch.diag(scales) @ directions.T
@@ -62,8 +60,7 @@ def cut_out(passages: Sequence[str], seed: int) -> list[str]:
 def warm_up(start: Tensor, cuts: Tensor, passages: Tensor, seed: int) -> Tensor:
     """Train the linear map `start` (m, d) so that cut i finds passage i in its batch; both (n, d), centred.
 
-    InfoNCE on cosines, AdamW with linear decay.
-    """
+    InfoNCE on cosines, AdamW with linear decay."""
     w = start.clone().requires_grad_()
     size = min(BATCH, len(passages))
     steps = EPOCHS * (len(passages) // size)
@@ -87,8 +84,7 @@ def base_folder(encoder_class: Any) -> Path:
     The lower 6 of SmolLM2-135M's 30 layers; token weights counted on the authored passages; centred on the
     mean of the authored queries (a query's few tokens share more of the constant part than a passage's many);
     `whitening` and `warm_up` on the authored passages; cosine.  It was chosen on the authored lists and
-    WikiQA's training questions.  `encoder_class` is `BiEncoder`, which stands behind this module.
-    """
+    WikiQA's training questions.  `encoder_class` is `BiEncoder`, which stands behind this module."""
     authored = hashlib.sha256(AUTHORED.read_bytes()).hexdigest()
     recipe = f"{CHECKPOINT} {LAYERS} {PROMPT!r} {RECIPE} {SEED} {authored}"
 

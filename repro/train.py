@@ -109,8 +109,7 @@ class TrainConfig:
 def filled(config: TrainConfig, encoder: BiEncoder, lists: int, ranks: int = 1) -> TrainConfig:
     """The config with numbers for all that it leaves to the kind of encoder and the number of lists.
 
-    ValueError if the batch does not fit the ranks.  With too few lists a batch is smaller; stderr says so.
-    """
+    ValueError if the batch does not fit the ranks.  With too few lists a batch is smaller; stderr says so."""
     if config.batch_size % ranks or lists < ranks:
         raise ValueError(f"batch_size: expected a multiple of {ranks} ranks, and so many lists, got {lists}")
     size = min(config.batch_size, lists // ranks * ranks)
@@ -147,8 +146,7 @@ def batch_loss(encoder: nn.Module, batch: Batch, loss: Callable, own: bool = Fal
     """Loss of one batch, computed by every rank on all of it, from embeddings that the ranks share out.
 
     The gather's backward sums the W ranks' equal gradients and DDP's mean divides by W, so the parameters
-    get the gradients of one process.  `own`: only a query's own passages carry target mass.
-    """
+    get the gradients of one process.  `own`: only a query's own passages carry target mass."""
     (rank, ranks), (rows, k) = rank_and_ranks(), batch.labels.shape
     mine = slice(rank * rows // ranks, (rank + 1) * rows // ranks)  # the lists of this rank
     present = batch.mask[mine].flatten()  # padding is not embedded
@@ -175,8 +173,7 @@ def fit(model: nn.Module, lists: Lists, config: TrainConfig, optimiser: AdamW, f
     """Train in place from step `first` on, with a filled config; yields step, epoch, loss, lr, grad_norm.
 
     An epoch is a pass in an order drawn from (seed, epoch); a last, smaller batch, which would be another
-    loss, is left out.  Raises ValueError if the loss is not a finite number.
-    """
+    loss, is left out.  Raises ValueError if the loss is not a finite number."""
     rank, ranks = rank_and_ranks()
     trainable = optimiser.param_groups[0]["params"]
     device = trainable[0].device
@@ -206,8 +203,7 @@ def train_encoder(encoder: BiEncoder, lists: Lists, config: TrainConfig, work: P
                   progress: bool = False) -> tuple[TrainConfig, list[Row], float]:
     """Train an encoder in place: (filled config, one row a step, minutes).
 
-    A folder `work` keeps a checkpoint, from which training goes on.  ValueError if a weight is not finite.
-    """
+    A folder `work` keeps a checkpoint, from which training goes on.  ValueError if a weight is not finite."""
     rank, ranks = rank_and_ranks()
     whole = encoder.model.config.num_hidden_layers if encoder.projection is not None else None
     encoder.freeze(whole if config.freeze is None else config.freeze)
@@ -268,8 +264,7 @@ def train(config: TrainConfig, lists: Lists | None = None, progress: bool = True
 
     `lists` replaces the ones that the config names.  A finished run with the same settings is not repeated;
     an unfinished one goes on from its last checkpoint and ends with the same weights as one that was never
-    stopped.  Raises ValueError before anything is written if settings, lists or folder do not fit.
-    """
+    stopped.  Raises ValueError before anything is written if settings, lists or folder do not fit."""
     rank, ranks = rank_and_ranks()
     out = Path(os.path.abspath(Path(config.out).expanduser()))
     work, device = out.with_name(f"{out.name}.partial"), pick_device(config.device)

@@ -35,14 +35,14 @@ def test_imports_go_one_way_and_files_are_short(module: str) -> None:
     text = (ROOT / "repro" / module).read_text(encoding="utf-8")
     before = MODULES[: MODULES.index(module)]
     assert {f"{name}.py" for name in imports(ROOT / "repro" / module)} <= set(before)
-    assert len(text.splitlines()) <= 350
+    assert len(text.splitlines()) <= 330
     for node in ast.parse(text).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
             assert ast.get_docstring(node), f"{module}: {node.name} has no docstring"
 
 def test_line_budgets_and_width() -> None:
     """Lines of code, comments and docstrings; blank ones are not counted."""
-    for folder, most in (("repro", 2760), ("tests", 2310)):
+    for folder, most in (("repro", 2730), ("tests", 2300)):
         texts = {path: path.read_text(encoding="utf-8") for path in (ROOT / folder).rglob("*.py")}
         assert sum(bool(line.strip()) for text in texts.values() for line in text.splitlines()) <= most
         wide = [path.name for path, text in texts.items() for line in text.splitlines() if len(line) > 110]

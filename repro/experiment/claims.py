@@ -37,8 +37,7 @@ def compare(differences: Mapping[str, Mapping[str, float]], seed=0, resamples=10
     difference: mean over collections of the mean over queries.  p, two-sided: each query's sign is flipped by
     a coin; (count + 1) / (resamples + 1), count = samples at least as far from 0 (stratified paired
     permutation test).  low, high: percentiles 2.5 and 97.5, queries drawn anew in collections (bootstrap).
-    Raises ValueError for no collection, one with fewer than 2 queries, or a value that is not finite.
-    """
+    Raises ValueError for no collection, one with fewer than 2 queries, or a value that is not finite."""
     rows = [np.array([found[q] for q in sorted(found)], float) for _, found in sorted(differences.items())]
     if not rows or not all(len(row) > 1 and np.isfinite(row).all() for row in rows):
         raise ValueError("expected a collection or more, each with 2 or more finite differences")
@@ -62,8 +61,7 @@ def holm(p_values: Mapping[Any, float]) -> dict[Any, float]:
 
 def differences(runs: Sequence[Run], start: str, better: str, than: str) -> dict[str, dict[str, float]]:
     """{collection: {query: nDCG@10 of arm `better` minus arm `than`}}, where every run of both was scored.
-    {} if a side has no run.  Raises ValueError if two runs did not answer the same queries.
-    """
+    {} if a side has no run.  Raises ValueError if two runs did not answer the same queries."""
     here = [r for r in runs if r["group"] in ("references", "main") and r["start"] in (None, start)]
     ours, theirs = ([r["per_query"] for r in here if r["arm"] == arm] for arm in (better, than))
     both, found = ours + theirs, {}
@@ -83,8 +81,7 @@ def verdict(found: Comparison | None, p: float) -> str:
 
 def judge(runs: Sequence[Run], start: str, pairs: Sequence[tuple[str, str, str]] = CLAIMS) -> list[Judged]:
     """A row a claim; `collections` has the comparison on each alone, `p` is Holm-corrected.
-    A claim that is not measured (comparison None) stays in the family of the correction, with p = 1.
-    """
+    A claim that is not measured (comparison None) stays in the family of the correction, with p = 1."""
     rows = []
     for claim, better, than in pairs:
         out = IN_DOMAIN if claim == "C3" else NO_VOTE
@@ -108,8 +105,7 @@ def naming(where: object) -> Iterator[None]:
 def read_runs(folder: str | Path) -> list[Run]:
     """The runs of a folder, each with run["per_query"][collection][query] = nDCG@10; [] without `runs.jsonl`.
     Rows of unknown runs are left out: a kill between the two files leaves such rows.  Raises ValueError
-    naming file and line of a record that is none, or whose rows are not those of its means.
-    """
+    naming file and line of a record that is none, or whose rows are not those of its means."""
     path, runs, unknown = Path(folder) / "runs.jsonl", {}, ("", {"per_query": {}})
     for where, run in read_jsonl(path) if path.exists() else ():
         with naming(where):

@@ -127,8 +127,7 @@ def means_table(runs: Sequence[Run], start: str, group: str, measure: str = "ndc
 def curve(runs: Sequence[Run], start: str, group: str, setting: str) -> dict[str, dict[Any, list[float]]]:
     """{main arm: {value of a setting: [mean nDCG@10 over voting collections that all share, one a seed]}}.
 
-    The main arm's own run is a point of the ablation, unless the group has a run with that value.
-    """
+    The main arm's own run is a point of the ablation, unless the group has a run with that value."""
     found = [r for arm in _by_arm(runs, start, group).values() for r in arm if setting in r["settings"]]
     votes = [name for name in _shared(found) if name not in claims.NO_VOTE]
     lines: dict[str, dict[Any, list[float]]] = {}
