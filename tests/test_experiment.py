@@ -1,59 +1,82 @@
-"""The experiment's arms and runs: equal trials, names that the claims know, refusals before any run."""
+"""The experiment on a small WikiQA, with a stub for training; the lines that build a collection."""
 
-import argparse
 import gzip
 import json
 from pathlib import Path
 
 import pytest
+from conftest import graded_lists, write_lists
 
-from repro.data import load_beir
-from repro.experiment import claims, report, run
-from repro.experiment.arms import ABLATIONS, MAIN, STARTS, draws
+from repro.data import as_collection, load_beir
+from repro.experiment import arms, claims, report, run
 
-@pytest.mark.parametrize("start", STARTS)
-def test_every_arm_gets_the_same_number_of_distinct_trials(start: str) -> None:
-    for arm in MAIN:
-        rows = draws(start, arm)
-        assert rows == draws(start, arm) and len(rows) == STARTS[start].trials
-        assert all(row not in rows[:n] for n, row in enumerate(rows))
+Y = [3, 2, 1, 0]
 
-def test_claims_name_arms_that_there_are_and_the_committed_page_is_theirs() -> None:
-    names = {arm.name for arm in MAIN} | {"start"}
-    assert {name for _, *pair in (*claims.CLAIMS, *report.SECONDARY) for name in pair} <= names
-    every = [arm.name for arms in (MAIN, *ABLATIONS.values()) for arm in arms]
-    assert len(every) == len(set(every))
+@pytest.fixture
+def wikiqa(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> str:
+    """A folder with 20 questions; small files take the place of the kit's lists."""
+    monkeypatch.setattr(arms, "AUTHORED", write_lists(tmp_path / "authored.jsonl", 40))
+    write_lists(tmp_path / "smollm2-135m.jsonl", 10)
+    rows = write_lists(tmp_path / "wikiqa-graded.jsonl", 8).read_text().replace('"query"', '"left out"')
+    (tmp_path / "wikiqa-graded.jsonl").write_text(rows)
+    corpus, queries, qrels = as_collection(graded_lists(20))
+    lines = {f"{part}.jsonl": [json.dumps({"_id": key, "text": text}) for key, text in texts.items()]
+             for part, texts in (("corpus", corpus), ("queries", queries))}
+    table = [f"{q}\t{p}\t{int(grade == 3)}" for q, row in qrels.items() for p, grade in row.items()]
+    lines |= dict.fromkeys(("qrels/train.tsv", "qrels/test.tsv"), table)
+    (tmp_path / "wikiqa" / "qrels").mkdir(parents=True)
+    for name, rows in lines.items():
+        (tmp_path / "wikiqa" / name).write_text("\n".join(rows))
+    return str(tmp_path / "wikiqa")
+
+def test_equal_trials_known_names_and_the_committed_pages() -> None:
+    for start, shared in arms.STARTS.items():
+        plans = [arms.draws(start, arm) for arm in arms.MAIN]
+        assert {len({str(row) for row in plan}) for plan in plans} == {shared.trials} == {*map(len, plans)}
+        assert plans == [arms.draws(start, arm) for arm in arms.MAIN]
+    used = {name for _, *pair in (*claims.CLAIMS, *report.SECONDARY) for name in pair}
+    assert used <= {"start", *(arm.name for arm in arms.MAIN)} and len({*report.NAMES}) == len(report.NAMES)
     assert report.main(["--check"]) == 0
 
-def test_bad_input_is_refused_before_any_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    for name in ("a", "b"):
-        (tmp_path / name / "same").mkdir(parents=True)
-    same = [str(tmp_path / name / "same") for name in ("a", "b")]
-    for options, message in ((["sample", "no-such-folder"], "no-such-folder"), (same, "same")):
-        assert run.main(["--wikiqa", "sample", "--data", *options]) == 2
+def test_training_sets(wikiqa: str) -> None:
+    sources = arms.Sources(wikiqa)
+    sets = {"graded": (36, Y), "binary": (36, [1, 0, 0]), "merged": (36, [3, 0, 0, 0]), "ends": (36, [3, 0])}
+    sets |= {"real": (14, [3, 1, 1]), "same questions": (8, Y), "synthetic + real": (8, [*Y, 3, 1, 1])}
+    found = {name: sources.training_set(name, 0) for name in (*sets, "5 queries", "authored", "smollm2")}
+    for name, (count, grades) in {**sets, "5 queries": (5, Y)}.items():
+        assert len(found[name]) == count and all(item.grades == grades for item in found[name]), name
+    asked = {name: [item.query for item in lists] for name, lists in found.items()}
+    assert asked["authored"] == asked["smollm2"] and 5 < len(asked["authored"]) <= 10
+    assert not {item.query for item in sources.held_out} & {*asked["graded"]}
+    assert len(sources.questions) == 6 and not sources.questions & {item.id for item in found["real"]}
+
+def test_bad_input_is_refused_before_any_run(wikiqa: str, monkeypatch, capsys) -> None:
+    monkeypatch.delattr(run.Study, "record")
+    for place, message in (("no-such", "no-such: expected a folder"), (wikiqa + "/.", "the same name")):
+        assert run.main(["--wikiqa", wikiqa, "--data", wikiqa, place]) == 2
         assert message in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        run.main(["--wikiqa", "sample", "--arm", "1-D V"])
-    with pytest.raises(SystemExit):
-        run.main(["--data", "sample"])
+        run.main(["--wikiqa", wikiqa, "--arm", "1-D V"])
 
-def test_a_run_that_is_recorded_is_not_repeated() -> None:
-    arguments = argparse.Namespace(group=["main"], arm=["1-D W"])
-    wanted = run.jobs(arguments, "base")
-    assert [(g, arm.name, seed) for g, arm, seed in wanted] == [("main", "1-D W", n) for n in range(5)]
-    done = {(r["start"], r["arm"], r["seed"]) for r in claims.read_runs(claims.RESULTS)}
-    assert {("base", arm.name, seed) for _, arm, seed in wanted} <= done
+def test_what_is_recorded_is_not_repeated(wikiqa: str, tmp_path: Path, tiny_bert: Path, monkeypatch) -> None:
+    done, name = [], tiny_bert.name
+    monkeypatch.setitem(arms.STARTS, name, arms.Start(2, 2, 2, (1e-5, 1e-4), (0.1,), freeze=0))
+    monkeypatch.setattr(run, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(run, "train_encoder", lambda *x: (done.append(x) or x[2], [{"loss": 0.5}], 0.1))
+    monkeypatch.chdir(tiny_bert.parent)
+    command = ["--wikiqa", wikiqa, "--data", wikiqa, "--start", name, "--group", "main", "--arm", "1-D W"]
+    assert [(run.main([*command, "--dtype", "float32"]), len(done)) for _ in "ab"] == [(0, 4)] * 2
+    found, trials = claims.read_runs(run.RESULTS), claims.read_tuning(run.RESULTS)[name]["1-D W"]["trials"]
+    assert [(x["seed"], *x["collections"]) for x in found] == [(0, "wikiqa"), (1, "wikiqa")]
+    assert len(trials) == 2 * len(arms.AVERAGES)
 
 def test_the_lines_that_build_dl19_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "cached_prompts").mkdir()
-    with gzip.open(tmp_path / "cached_prompts" / "dl19-pool.ids.gz", "wt") as file:
-        file.write("7\n9\n")
-    (tmp_path / "collection.tsv").write_text("7\tthe moon\n8\tno\n9\ttea\n")
-    (tmp_path / "2019qrels-pass.txt").write_text("1 Q0 7 3\n1 Q0 9 0\n1 Q0 8 1\n")
-    (tmp_path / "msmarco-test2019-queries.tsv").write_text("1\twhat is up\n2\tnot judged\n")
+    Path("cached_prompts").mkdir()
+    Path("cached_prompts/dl19-pool.ids.gz").write_bytes(gzip.compress(b"7\n9\n"))
+    Path("collection.tsv").write_text('7\ta "moon"\r high\n8\tno\n9\ttea\n', encoding="utf-8")
+    Path("msmarco-test2019-queries.tsv").write_text("1\twhat is up\n2\tnot judged\n")
+    Path("2019qrels-pass.txt").write_text("1 Q0 7 3\n1 Q0 9 0\n")
     exec(report.BUILD, {})
-    corpus, queries, qrels = load_beir(tmp_path / "dl19-pool")
-    assert (corpus, queries) == ({"7": "the moon", "9": "tea"}, {"1": "what is up"})
-    assert qrels == {"1": {"7": 3, "9": 0}}
-    assert json.loads((tmp_path / "dl19-pool" / "corpus.jsonl").read_text().splitlines()[0])["title"] == ""
+    found = {"7": 'a "moon"\r high', "9": "tea"}, {"1": "what is up"}, {"1": {"7": 3, "9": 0}}
+    assert load_beir("dl19-pool") == found

@@ -20,9 +20,8 @@ import numpy as np
 from repro.files import read_jsonl, read_lines, writing
 
 RESULTS = Path(__file__).parent / "results"
-CLAIMS = (  # is the first arm better than the second?  "InfoNCE" has the released synthetic binary recipe
-    ("C1", "1-D W", "InfoNCE"), ("C2", "1-D W", "start"), ("C3", "1-D W", "InfoNCE, real"),
-    ("C4", "1-D W, synthetic + real", "1-D W, same questions"), ("C5", "1-D W", "1-D W, 2 grades"))
+CLAIMS = (("C1", "1-D W", "InfoNCE"), ("C2", "1-D W", "start"), ("C3", "1-D W", "InfoNCE, real"),
+          ("C4", "1-D W, synthetic + real", "1-D W, same questions"), ("C5", "1-D W", "1-D W, 2 grades"))
 IN_DOMAIN = ("dl19-pool", "wikiqa", "sample")  # web questions, as in the lists; C3 is judged on all others
 NO_VOTE = ("sample",)  # one writer made it and the lists
 LEVEL, WORTHWHILE = 0.05, 0.01
@@ -48,30 +47,27 @@ def compare(differences: Mapping[str, Mapping[str, float]], seed=0, resamples=10
             flipped[part] += signs @ row / len(row) / len(rows)
             drawn[part] += row[rng.integers(0, len(row), signs.shape)].mean(axis=1) / len(rows)
     difference = fmean(row.mean() for row in rows)
-    count = int((np.abs(flipped) >= abs(difference) - 1e-12).sum())  # equal up to rounding counts as equal
-    low, high = np.quantile(drawn, (0.025, 0.975)).tolist()
-    return Comparison(difference, low, high, (count + 1) / (resamples + 1), sum(map(len, rows)))
+    p = (1 + (np.abs(flipped) >= abs(difference) - 1e-12).sum()) / (resamples + 1)  # equal but for rounding
+    return Comparison(difference, *np.quantile(drawn, (0.025, 0.975)).tolist(), float(p), sum(map(len, rows)))
 
 def holm(p_values: Mapping[Any, float]) -> dict[Any, float]:
     """Holm-adjusted p: of m sorted values, p_(i) becomes max over j <= i of min(1, (m - j + 1) p_(j))."""
-    adjusted, largest = dict(p_values), 0.0
-    for place, name in enumerate(sorted(p_values, key=p_values.__getitem__)):
-        adjusted[name] = largest = max(largest, min(1.0, (len(p_values) - place) * p_values[name]))
-    return adjusted
+    order = sorted(p_values, key=p_values.__getitem__)
+    scaled = [(len(order) - n) * p_values[name] for n, name in enumerate(order)]
+    return dict(zip(order, np.maximum.accumulate(np.minimum(scaled, 1)).tolist(), strict=True))
 
 def differences(runs: Sequence[Run], start: str, better: str, than: str) -> dict[str, dict[str, float]]:
     """{collection: {query: nDCG@10 of arm `better` minus arm `than`}}, where every run of both was scored.
     {} if a side has no run.  Raises ValueError if two runs did not answer the same queries."""
     here = [r for r in runs if r["group"] in ("references", "main") and r["start"] in (None, start)]
     ours, theirs = ([r["per_query"] for r in here if r["arm"] == arm] for arm in (better, than))
-    both, found = ours + theirs, {}
+    both, out = ours + theirs, {}
     for name in sorted(set.intersection(*map(set, both))) if ours and theirs else ():
         queries = both[0][name].keys()
         if any(scores[name].keys() != queries for scores in both):
             raise ValueError(f"{name}: the runs of {better} and {than} did not answer the same queries")
-        mean = [{q: fmean(r[name][q] for r in side) for q in queries} for side in (ours, theirs)]
-        found[name] = {q: mean[0][q] - mean[1][q] for q in queries}
-    return found
+        out[name] = {q: fmean(r[name][q] for r in ours) - fmean(r[name][q] for r in theirs) for q in queries}
+    return out
 
 def verdict(found: Comparison | None, p: float) -> str:
     """The rule of the design, on the corrected p; what fits first counts."""
@@ -80,8 +76,7 @@ def verdict(found: Comparison | None, p: float) -> str:
     return "does not hold" if p <= LEVEL or found.high < WORTHWHILE else "undecided"
 
 def judge(runs: Sequence[Run], start: str, pairs: Sequence[tuple[str, str, str]] = CLAIMS) -> list[Judged]:
-    """A row a claim; `collections` has the comparison on each alone, `p` is Holm-corrected.
-    A claim that is not measured (comparison None) stays in the family of the correction, with p = 1."""
+    """A row a claim: p is Holm-corrected (1 where not measured), `collections` compares on each alone."""
     rows = []
     for claim, better, than in pairs:
         out = IN_DOMAIN if claim == "C3" else NO_VOTE
@@ -104,8 +99,8 @@ def naming(where: object) -> Iterator[None]:
 
 def read_runs(folder: str | Path) -> list[Run]:
     """The runs of a folder, each with run["per_query"][collection][query] = nDCG@10; [] without `runs.jsonl`.
-    Rows of unknown runs are left out: a kill between the two files leaves such rows.  Raises ValueError
-    naming file and line of a record that is none, or whose rows are not those of its means."""
+    Rows of unknown runs, which a kill between the two files leaves, are left out.  Raises ValueError naming
+    file and line of a record that is none, or whose rows are not those of its means."""
     path, runs, unknown = Path(folder) / "runs.jsonl", {}, ("", {"per_query": {}})
     for where, run in read_jsonl(path) if path.exists() else ():
         with naming(where):
@@ -126,16 +121,14 @@ def read_runs(folder: str | Path) -> list[Run]:
     return [run for _, run in runs.values()]
 
 def write_runs(folder: str | Path, runs: Sequence[Run]) -> None:
-    """Write both files whole, sorted: the same runs, in whatever order, give the same bytes."""
-    table, lines = csv.writer(rows := io.StringIO(), lineterminator="\n"), []
-    for run in sorted(runs, key=_key):
-        lines.append(json.dumps({k: run[k] for k in run if k != "per_query"}, sort_keys=True) + "\n")
-        for name, scores in sorted(run["per_query"].items()):
-            table.writerows((*_key(run), name, query, f"{scores[query]:.5f}") for query in sorted(scores))
-    with writing(Path(folder) / "per_query.csv.gz") as sink:  # first: rows without a run do no harm
+    """Write both files whole, sorted: the same runs in any order give the same bytes.  Rows land first."""
+    table = csv.writer(rows := io.StringIO(), lineterminator="\n")
+    with writing(Path(folder) / "runs.jsonl") as out, writing(Path(folder) / "per_query.csv.gz") as sink:
+        for run in sorted(runs, key=_key):
+            out.write(json.dumps({k: run[k] for k in run if k != "per_query"}, sort_keys=True) + "\n")
+            for name, scores in sorted(run["per_query"].items()):
+                table.writerows((*_key(run), name, query, f"{scores[query]:.5f}") for query in sorted(scores))
         sink.buffer.write(gzip.compress(f"{HEADER}\n{rows.getvalue()}".encode(), mtime=0))
-    with writing(Path(folder) / "runs.jsonl") as sink:
-        sink.writelines(lines)
 
 def read_tuning(folder: str | Path) -> dict[str, dict[str, Any]]:
     """{start: {arm: {"best", "start", "trials"}}}, {} without `tuning.json`.  ValueError if it is no JSON."""

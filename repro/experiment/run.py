@@ -33,7 +33,6 @@ REFERENCES = {"BM25": "bm25"}  # of no start
 
 class Study:
     """What the runs of one start share: its encoder, the lists, the collections, the records."""
-
     def __init__(self, start: str, args: argparse.Namespace) -> None:
         self.name, self.start, self.args = start, STARTS[start], args
         self.collections = {Path(path).resolve().name: load_beir(path) for path in args.data}
@@ -171,7 +170,6 @@ def main(argv: list[str] | None = None) -> int:
     add("--device", default="cpu")
     add("--dtype", default="auto", help="of the arms that train whole (default: bfloat16 where it is native)")
     args = parser.parse_args(argv)
-
     def work() -> None:
         for start in args.start:
             study, left = Study(start, args), jobs(args, start)
