@@ -255,11 +255,15 @@ def pick_device(name: str = "auto") -> torch.device:
         raise ValueError(f"device {name!r} is not usable here: {str(error).splitlines()[0]}") from error
     return device
 
-def pick_dtype(name: str = "auto", device: torch.device | None = None) -> torch.dtype:
-    """`auto`: bfloat16 on CUDA devices that have it, else float32; or `float32`, `bfloat16`, `float16`."""
+def pick_dtype(name: str = "auto", device: torch.device | None = None, encoding: bool = False) -> torch.dtype:
+    """`float32`, `bfloat16`, `float16`, or `auto`: bfloat16 where the device computes in it, else float32.
+
+    A CPU counts only for `encoding` (twice as fast there); what it trains or writes is the same on all."""
     if name == "auto":
-        on_cuda = device is not None and device.type == "cuda"
-        return torch.bfloat16 if on_cuda and torch.cuda.is_bf16_supported() else torch.float32
+        kind = "" if device is None else device.type
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # not emulated
+        has = torch.cuda.is_bf16_supported() if kind == "cuda" else kind == "cpu" and encoding and native
+        return torch.bfloat16 if has else torch.float32
     if name not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"unknown dtype {name!r}: expected auto, float32, bfloat16 or float16")
     return getattr(torch, name)

@@ -270,13 +270,13 @@ class BiEncoder(nn.Module):
         return Path(folder)
 
     @classmethod
-    def load(cls, path_or_name: str | Path, device: str = "auto", dtype: str = "auto") -> "BiEncoder":
+    def load(cls, path_or_name: str | Path, device: str = "auto", dtype: str = "float32") -> "BiEncoder":
         """A saved folder, a sentence-transformers or plain checkpoint, a built-in name, "base", a hub id.
 
         A plain transformer gets mean pooling and raw dot products, as Contriever has them.  Raises ValueError
         if it cannot be loaded or needs a module that this kit does not have."""
         target = checkpoints.pick_device(device)
-        number_format = checkpoints.pick_dtype(dtype, target)
+        number_format = checkpoints.pick_dtype(dtype, target, encoding=True)
         where = start.base_folder(cls) if os.fspath(path_or_name) == "base" else path_or_name
         options, subfolder = checkpoints.read_modules(where)
         inside = {"subfolder": subfolder} if subfolder else {}

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from repro import metrics
-from repro.checkpoints import machine
+from repro.checkpoints import machine, pick_device, pick_dtype
 from repro.data import Place, Texts, load_beir
 from repro.encoder import BiEncoder
 from repro.files import checked_output, ending, one_line, writing
@@ -122,8 +122,12 @@ def evaluate_model(model: Any, corpus: Texts, queries: Texts, qrels: metrics.Qre
         metrics.check_ids([*qrels, *corpus], run_file)
     name = _plain_name(model) if isinstance(model, Place) else type(model).__name__
     if isinstance(model, Place) and model != "bm25":
-        model = BiEncoder.load(model, device=device, dtype=dtype)
-        if cache and model.projection is not None and len(corpus) <= KEPT:
+        number_format = pick_dtype(dtype, pick_device(device), encoding=True)
+        model = BiEncoder.load(model, device=device)
+        keep = cache and model.projection is not None and len(corpus) <= KEPT
+        if not keep or dtype != "auto":  # what is kept is computed once, so in float32
+            model.model.to(number_format)
+        if keep:
             model.freeze(model.model.config.num_hidden_layers)  # nothing trains here
     start, asked = time.perf_counter(), {qid: queries[qid] for qid in qrels}
     run = (bm25_run(corpus, asked, top_k) if model == "bm25" else
@@ -155,7 +159,8 @@ def _command(model: str, data: str, split: str, out: Path | None, run: Path | No
             sink.write("{" + ",\n ".join(fields) + "}\n")
     counts = ", ".join(f"{count} {what}" for what, count in record["counts"].items())
     print(f"collection  {one_line(record['collection'])} ({one_line(split)}): {counts}")
-    print(f"model       {one_line(record['model'])} ({record['device']}, {record['seconds']} s)")
+    how = "{device}, {dtype}, {seconds} s".format(**record)
+    print(f"model       {one_line(record['model'])} ({how})")
     print(*(f"{measure:<12}{value:.4f}" for measure, value in record["metrics"].items()), sep="\n")
 
 def main(argv: list[str] | None = None) -> int:
@@ -171,7 +176,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--measures", nargs="+", default=metrics.MEASURES, help="ndcg@K ndcg_exp@K mrr@K recall@K")
     p.add_argument("--no-cache", dest="cache", action="store_false", help="keep no vectors for other models")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
-    p.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    p.add_argument("--dtype", default="auto", help="float32, bfloat16, float16; auto: bfloat16 where native")
     return ending(lambda: _command(**vars(p.parse_args(argv))))
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 best rank first) and of all its judged ones (`judged`)."""
 
 import math
+import operator
 import re
 from array import array
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -21,6 +22,8 @@ def rank(scores: Mapping[str, float], where: str = "run") -> list[str]:
     rounded = array("f", (s if isinstance(s, Real) else math.nan for s in scores.values()))
     if bad := [pid for pid, score in zip(scores, rounded, strict=True) if not math.isfinite(score)]:
         raise ValueError(f"{where}, passage {bad[0]}: score {scores[bad[0]]!r} is not finite in 32 bits")
+    if all(map(operator.gt, rounded, rounded[1:])):  # as a search returns them, mostly
+        return list(scores)
     return [pid for _, pid in sorted(zip(rounded, scores, strict=True), reverse=True)]
 
 def dcg(gains: Iterable[float]) -> float:

@@ -93,8 +93,11 @@ def graded_lists(count: int = 16) -> list[GradedList]:
 
 def write_lists(path: Path, count: int = 16) -> Path:
     """The same as a file for --lists."""
-    with open(path, "w", encoding="utf-8") as file:
-        for item in graded_lists(count):
-            passages = {str(y): text for y, text in zip(item.grades, item.passages, strict=True)}
-            file.write(json.dumps({"id": item.id, "query": item.query, "passages": passages}) + "\n")
+    rows = [(x, {str(y): text for y, text in zip(x.grades, x.passages, strict=True)})
+            for x in graded_lists(count)]
+    return write_jsonl(path, [{"id": x.id, "query": x.query, "passages": found} for x, found in rows])
+
+def write_jsonl(path: Path, rows: list[dict]) -> Path:
+    """One JSON object a line."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path

@@ -24,7 +24,7 @@ TABLE = dict(zip([*CORPUS.values(), *QUERIES.values()], VECTORS, strict=True))
 class TableEncoder:
     """Looks vectors up and remembers what it was asked."""
     def __init__(self, table=TABLE):
-        self.table, self.calls, self.projection = table, [], None
+        self.table, self.calls, self.projection, self.model = table, [], None, torch.nn.Identity()
     def encode(self, texts, kind, batch_size=32, progress=False):
         self.calls.append((kind, list(texts)))
         return torch.tensor([self.table[text] for text in texts], dtype=torch.float32)
@@ -158,11 +158,16 @@ def test_only_judged_queries_are_asked_after_all_checks():
 
 def test_kept_vectors_change_no_score_and_serve_the_next_model(tiny_llama, tmp_path, monkeypatch):
     encoder, score = BiEncoder.load(tiny_llama, device="cpu"), partial(evaluate_model, device="cpu")
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False)
     plain = {}
     for name in ("first", "second"):
         encoder.projection = torch.nn.Parameter(torch.randn(8, 16))
         encoder.save(tmp_path / name)
         plain[name] = score(tmp_path / name, CORPUS, QUERIES, QRELS, cache=False)["per_query"]
     assert score(str(tmp_path / "first"), CORPUS, QUERIES, QRELS)["per_query"] == plain["first"]
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    for cache, dtype in ((False, "bfloat16"), (True, "float32")):  # what is kept is exact
+        assert score(tmp_path / "first", CORPUS, QUERIES, QRELS, cache=cache)["dtype"] == dtype
     monkeypatch.setattr(BiEncoder, "_mean", lambda *_: pytest.fail("computed again"))
     assert score(str(tmp_path / "second"), CORPUS, QUERIES, QRELS)["per_query"] == plain["second"]

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,29 +13,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import graded_lists, write_lists
+from conftest import graded_lists, write_jsonl, write_lists
 
-from repro.data import collate, load_lists
+from repro.data import collate
 from repro.encoder import BiEncoder
 from repro.losses import LOSSES
 from repro.train import COSINE, TrainConfig, batch_loss, filled, learning_rate, loss_function, main, train
 
 ROOT = Path(__file__).parents[1]
-UNEVEN = [
-    replace(x, passages=x.passages[: 2 + n % 3], grades=x.grades[: 2 + n % 3])
-    for n, x in enumerate(graded_lists())
-]
+UNEVEN = [replace(x, passages=x.passages[: 2 + n % 3], grades=x.grades[: 2 + n % 3])
+          for n, x in enumerate(graded_lists())]
 
-def config(folder: Path, model: Path, name: str = "out", **options) -> TrainConfig:
-    settings = {
-        "out": str(folder / name),
-        "model": str(model),
-        "batch_size": 4,
-        "lr": 5e-3,
-        "device": "cpu",
-        "epochs": 3,
-    }
-    return TrainConfig(**{**settings, **options})
+def run(folder: Path, model: Path, name: str = "out", lists: list | None = None, **options) -> dict:
+    settings = {"out": str(folder / name), "model": str(model), "batch_size": 4, "lr": 5e-3, "device": "cpu"}
+    return train(TrainConfig(**{**settings, "epochs": 3, **options}), lists or graded_lists(), progress=False)
 
 def log(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
@@ -43,8 +36,7 @@ def losses(folder: Path) -> list[float]:
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_every_loss_goes_down_and_the_model_is_saved(loss: str, tiny_llama: Path, tmp_path: Path) -> None:
-    record = train(
-        config(tmp_path, tiny_llama, loss=loss, temperature=0.5, epochs=8), graded_lists(), progress=False)
+    record = run(tmp_path, tiny_llama, loss=loss, temperature=0.5, epochs=8)
     rows = losses(tmp_path / "out")
     assert len(rows) == record["steps"] == 32 and sum(rows[-4:]) < 0.8 * sum(rows[:4])
     before, after = BiEncoder.load(tiny_llama), BiEncoder.load(tmp_path / "out")
@@ -54,11 +46,7 @@ def test_every_loss_goes_down_and_the_model_is_saved(loss: str, tiny_llama: Path
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 def test_training_ranks_the_grades(tiny_bert: Path, tmp_path: Path) -> None:
-    train(
-        config(tmp_path, tiny_bert, temperature=0.5, label_temperature=0.5, epochs=12),
-        graded_lists(),
-        progress=False,
-    )
+    run(tmp_path, tiny_bert, temperature=0.5, label_temperature=0.5, epochs=12)
     right = []
     for model in (BiEncoder.load(tiny_bert), BiEncoder.load(tmp_path / "out")):
         ranked = [model.encode([x.query], "query") @ model.encode(x.passages).T for x in graded_lists()]
@@ -68,13 +56,13 @@ def test_training_ranks_the_grades(tiny_bert: Path, tmp_path: Path) -> None:
 def test_same_seed_same_losses_other_seed_other_order(tiny_bert: Path, tmp_path: Path) -> None:
     """BERT has dropout, so this also checks that the random state is part of the seed."""
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        train(config(tmp_path, tiny_bert, name, seed=seed), graded_lists(), progress=False)
+        run(tmp_path, tiny_bert, name, seed=seed)
     assert losses(tmp_path / "a") == losses(tmp_path / "b") != losses(tmp_path / "c")
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_padding_chunks_and_accumulation(loss: str, tiny_llama: Path, tmp_path: Path) -> None:
     for name, options in (("plain", {}), ("chunk", {"chunk": 3}), ("two", {"accumulate": 2})):
-        train(config(tmp_path, tiny_llama, name, loss=loss, epochs=1, **options), UNEVEN, progress=False)
+        run(tmp_path, tiny_llama, name, UNEVEN, loss=loss, epochs=1, **options)
     plain = losses(tmp_path / "plain")
     assert losses(tmp_path / "chunk") == pytest.approx(plain, abs=1e-4)
     # Two losses of 4 lists make one step: the loss's batch does not grow, their mean is what is logged.
@@ -87,25 +75,20 @@ def test_options_reach_the_loss(tiny_llama: Path) -> None:
         scores = encoder.encode(batch.queries, "query") @ encoder.encode(batch.passages).T
         own = torch.eye(8).repeat_interleave(4, dim=1)  # (B, N)
         labels = own * batch.labels.flatten()
-        for loss, options in (
-            ("wasserstein_1d", {"order": 2, "axis": "gain"}),
-            ("kl", {"target": "own"}),
-            ("infonce", {"ignore_between": True}),
-        ):
+        for loss, options in (("wasserstein_1d", {"order": 2, "axis": "gain"}), ("kl", {"target": "own"}),
+                              ("infonce", {"ignore_between": True})):
             settings = TrainConfig(loss=loss, temperature=0.7, label_temperature=0.5, **options)
             found = batch_loss(encoder, batch, loss_function(settings), settings.target == "own")
             extra = {"label_temperature": 0.5} if loss != "infonce" else {}
             extra |= {"target_mask": own > 0} if "target" in options else options
-            torch.testing.assert_close(
-                found, LOSSES[loss](scores, labels, 0.7, **extra), atol=1e-5, rtol=1e-4)
+            expected = LOSSES[loss](scores, labels, 0.7, **extra)
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 def test_weights_are_averaged_with_the_start(tiny_llama: Path, tmp_path: Path) -> None:
     for name, share in (("all", 1.0), ("half", 0.5), ("none", 0.0)):
-        train(config(tmp_path, tiny_llama, name, average=share), graded_lists(), progress=False)
-    start, *rest = [
-        BiEncoder.load(f).model.norm.weight
-        for f in (tiny_llama, *(tmp_path / n for n in ("all", "half", "none")))
-    ]
+        run(tmp_path, tiny_llama, name, average=share)
+    folders = (tiny_llama, *(tmp_path / name for name in ("all", "half", "none")))
+    start, *rest = [BiEncoder.load(folder).model.norm.weight for folder in folders]
     assert torch.equal(rest[2], start) and not torch.equal(rest[0], start)
     torch.testing.assert_close(rest[1], (start + rest[0]) / 2)
 
@@ -119,12 +102,10 @@ sys.exit(train.main(sys.argv[1:]))
 
 def test_killed_run_goes_on_to_the_same_weights_and_a_second_one_is_refused(
         tiny_bert: Path, tmp_path: Path) -> None:
-    options = [
-        "--lists", str(write_lists(tmp_path / "lists.jsonl")), "--model", str(tiny_bert), "--batch-size", "4"]
-    options += ["--epochs", "4", "--lr", "5e-3", "--checkpoint-every", "2", "--device", "cpu"]
+    options = ["--lists", str(write_lists(tmp_path / "lists.jsonl")), "--model", str(tiny_bert)]
+    options += "--batch-size 4 --epochs 4 --lr 5e-3 --checkpoint-every 2 --device cpu".split()
     assert main([*options, "--out", str(tmp_path / "whole")]) == 0
-    command = [
-        sys.executable, "-c", SLOW, *options, "--out", f"{tmp_path / 'killed'}/"]  # a slash does no harm
+    command = [sys.executable, "-c", SLOW, *options, "--out", f"{tmp_path}/killed/"]  # a slash does no harm
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, cwd=ROOT)
     state = tmp_path / "killed.partial" / "state.safetensors"
     deadline = time.monotonic() + 120
@@ -138,31 +119,26 @@ def test_killed_run_goes_on_to_the_same_weights_and_a_second_one_is_refused(
     assert log(tmp_path / "killed") == log(tmp_path / "whole") and len(log(tmp_path / "whole")) == 16
     weights = [BiEncoder.load(tmp_path / name).model.state_dict() for name in ("whole", "killed")]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
-    assert sorted(p.name for p in tmp_path.iterdir() if p.name[0] != ".") == [
-        "killed", "lists.jsonl", "whole"]
+    assert {p.name for p in tmp_path.iterdir() if p.name[0] != "."} == {"killed", "lists.jsonl", "whole"}
 
 def test_finished_and_foreign_folders(
         tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    first = train(config(tmp_path, tiny_llama), graded_lists(), progress=False)
-    assert train(config(tmp_path, tiny_llama), graded_lists(), progress=False) == first
+    first = run(tmp_path, tiny_llama)
+    assert run(tmp_path, tiny_llama) == first
     assert "finished already" in capsys.readouterr().err
     for name in ("foreign", "mine.partial"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "thesis.txt").write_text("precious")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for options, message in [
-        ({"seed": 1}, "seed is 0 there and 1 here"),
-        ({"name": "foreign"}, "not empty"),
-        ({"name": "mine"}, "no run of this command"),
-        ({"name": "link"}, "symlink"),
-        ({"out": "."}, "working folder"),
-    ]:
+            ({"seed": 1}, "seed is 0 there and 1 here"), ({"name": "foreign"}, "not empty"),
+            ({"name": "mine"}, "no run of this command"), ({"name": "link"}, "symlink"),
+            ({"out": "."}, "working folder")]:
         with pytest.raises(ValueError, match=message):
-            train(config(tmp_path, tiny_llama, **options), graded_lists(), progress=False)
+            run(tmp_path, tiny_llama, **options)
     with pytest.raises(ValueError, match="lists_sha256"):
-        train(config(tmp_path, tiny_llama), graded_lists(15), progress=False)
-    assert all(
-        (tmp_path / name / "thesis.txt").read_text() == "precious" for name in ("foreign", "mine.partial"))
+        run(tmp_path, tiny_llama, lists=graded_lists(15))
+    assert [f.read_text() for f in tmp_path.glob("*/thesis.txt")] == ["precious"] * 2
 
 BAD = "--lr 0|--lr inf|--lr nan|--epochs 0|--steps 0|--steps -5|--temperature 0|--label-temperature -1"
 BAD += "|--batch-size 0|--clip -1|--warmup nan|--warmup 2|--average 1.5|--checkpoint-every 0|--chunk 0"
@@ -183,10 +159,9 @@ def test_bad_settings_are_one_sentence_before_any_work(
 def test_a_number_that_is_none_is_an_error(
         tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"step \d: the loss is nan"):
-        train(config(tmp_path, tiny_llama, "a", lr=1e30), graded_lists(), progress=False)
-    settings = config(tmp_path, tiny_llama, lr=1e20, weight_decay=1e20, steps=1)
+        run(tmp_path, tiny_llama, "a", lr=1e30)
     with pytest.raises(ValueError, match="a trained weight is not a finite number"):
-        train(settings, graded_lists(), progress=False)
+        run(tmp_path, tiny_llama, lr=1e20, weight_decay=1e20, steps=1)
 
 def test_what_is_left_open_is_filled_by_the_kind_of_encoder(
         tiny_llama: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -198,11 +173,8 @@ def test_what_is_left_open_is_filled_by_the_kind_of_encoder(
             assert (found.temperature, found.label_temperature, found.lr, found.steps // 2) == expected
     assert filled(TrainConfig(temperature=0.7, epochs=4), cosine, 32).steps == 8
     cosine.save(tmp_path / "mapped")
-    record = train(
-        TrainConfig(model=str(tmp_path / "mapped"), out=str(tmp_path / "out"), device="cpu"),
-        graded_lists(6),
-        progress=False,
-    )
+    settings = TrainConfig(model=str(tmp_path / "mapped"), out=str(tmp_path / "out"), device="cpu")
+    record = train(settings, graded_lists(6), progress=False)
     assert record["chosen"]["lr"] == 4e-4 and record["chosen"]["batch_size"] == 6 and record["steps"] == 5
     assert "only 6 lists: a batch is 6 of them, not 16" in capsys.readouterr().err
     after = BiEncoder.load(tmp_path / "out", device="cpu")
@@ -227,19 +199,14 @@ def test_autocast_leaves_pooling_and_scores_in_float32(tiny_bert: Path) -> None:
             batch_loss(
                 encoder, collate(graded_lists(8)), lambda scores, labels, mask: seen.append(scores.detach()))
     exact, mixed = seen
-    assert mixed.dtype == torch.float32 and not torch.equal(
-        exact, mixed)  # the transformer did run in bfloat16
+    assert mixed.dtype == torch.float32 and not torch.equal(exact, mixed)  # the transformer ran in bfloat16
     assert not torch.equal(mixed, mixed.bfloat16().float())  # but the scores are not rounded to it
     torch.testing.assert_close(mixed, exact, atol=0.02, rtol=0)
 
 def test_learning_rate_warms_up_and_decays() -> None:
     rates = [learning_rate(step, TrainConfig(lr=1.0, steps=100)) for step in range(100)]
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
-    assert (
-        rates[5] < 1
-        and all(a > b for a, b in zip(rates[4:], rates[5:], strict=False))
-        and 0 < rates[-1] < 0.02
-    )
+    assert all(a > b for a, b in zip(rates[4:], rates[5:], strict=False)) and 0 < rates[-1] < 0.02
     assert learning_rate(0, TrainConfig(lr=1.0, steps=1)) == 1.0
 
 TWO_RANKS = """
@@ -261,18 +228,12 @@ def gradients(model: Path) -> dict[str, torch.Tensor]:
     settings = TrainConfig(loss="wasserstein_gaussian", temperature=0.7, label_temperature=1.0)
     value = batch_loss(wrapped, collate(UNEVEN[:8]), loss_function(settings))
     value.backward()
-    return {
-        "loss": value.detach(), **{n: p.grad for n, p in encoder.named_parameters() if p.grad is not None}}
+    named = encoder.named_parameters()
+    return {"loss": value.detach(), **{n: p.grad for n, p in named if p.grad is not None}}
 
 def torchrun(*arguments: str) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node=2",
-        "--rdzv_backend=c10d",
-        "--rdzv_endpoint=127.0.0.1:0",
-    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    command += ["--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [*command, *arguments], capture_output=True, text=True, timeout=300, env=environment, cwd=ROOT)
@@ -289,19 +250,42 @@ def test_two_ranks_give_the_gradients_of_one(tiny_bert: Path, tmp_path: Path) ->
             torch.testing.assert_close(found[name], single[name], atol=1e-5, rtol=1e-4)
 
 def test_command_under_torchrun_equals_one_process(tiny_llama: Path, tmp_path: Path) -> None:
-    options = [
-        "--lists",
-        str(write_lists(tmp_path / "lists.jsonl")),
-        "--model",
-        str(tiny_llama),
-        "--batch-size",
-        "4",
-    ]
-    options += ["--epochs", "2", "--lr", "5e-3", "--device", "cpu", "--checkpoint-every", "3"]
+    options = ["--lists", str(write_lists(tmp_path / "lists.jsonl")), "--model", str(tiny_llama)]
+    options += "--batch-size 4 --epochs 2 --lr 5e-3 --checkpoint-every 3 --device cpu".split()
     assert main([*options, "--out", str(tmp_path / "one")]) == 0
     torchrun("-m", "repro.train", *options, "--chunk", "4", "--out", str(tmp_path / "two"))
     assert len(losses(tmp_path / "two")) == 8 and losses(tmp_path / "two") == pytest.approx(
         losses(tmp_path / "one"), abs=1e-4)
     assert json.loads((tmp_path / "two" / "train.json").read_text())["ranks"] == 2
-    assert [item.id for item in load_lists([tmp_path / "lists.jsonl"])] == [
-        item.id for item in graded_lists()]
+
+def test_the_four_released_experiments_take_their_first_steps(
+        tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """README's own lines, in a folder that has the released layout under the names of the hub."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_bert, "facebook/contriever")
+    lists, sycl, real = graded_lists(128), Path("BatsResearch/sycl"), Path("mteb/msmarco")
+    rows = [(x.id, f"{x.id}-{y}", y, t) for x in lists for y, t in zip(x.grades, x.passages, strict=True)]
+    for place, judged in ((sycl / "llama33_70b", (3, 2, 1, 0)), (real, (3,))):
+        (place / "qrels").mkdir(parents=True)
+        table = [f"{query}\t{passage}\t{y}\n" for query, passage, y, _ in rows if y in judged]
+        (place / "qrels/train.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(table))
+        write_jsonl(place / "corpus.jsonl", [{"_id": key, "title": "", "text": t} for _, key, _, t in rows])
+    write_jsonl(real / "queries.jsonl", [{"_id": x.id, "text": x.query} for x in lists])
+    (sycl / "real_data/bm25_top_docs").mkdir(parents=True)
+    mined = [{"qid": x.id, "docid": [f"{x.id}-{y}" for y in (3, 2, 1, 0)]} for x in lists]
+    write_jsonl(sycl / "real_data/bm25_top_docs/train_qrels.jsonl", mined)
+    names, found = {}, {}
+    block = re.search(r"```bash\n(export RUN=.*?)```", (ROOT / "README.md").read_text(), re.S)
+    for line in block[1].splitlines():
+        name, _, value = line.removeprefix("export ").partition("=")
+        line = re.sub(r"\$(\w+)", lambda match: names[match[1]], line)
+        if line.startswith("export"):
+            names[name] = value.strip('"')
+        else:
+            options = line.partition(" -m repro.train ")[2].split()
+            assert main([*options, "--steps", "2", "--device", "cpu"]) == 0
+            record = json.loads(Path(options[-1], "train.json").read_text())
+            found[options[-1]] = record["settings"]["loss"], record["queries"], record["steps"]
+    kinds = ("real-binary", "infonce"), ("synthetic-binary", "infonce")
+    kinds += ("synthetic-graded", "wasserstein_gaussian"), ("synthetic-and-real", "wasserstein_gaussian")
+    assert found == {f"runs/{name}": (loss, 128, 2) for name, loss in kinds}

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from repro.checkpoints import cache_dir, machine, pick_dtype
+from repro.checkpoints import cache_dir, machine, pick_device, pick_dtype
 from repro.data import as_collection, load_beir
 from repro.encoder import BiEncoder
 from repro.evaluate import evaluate_model
@@ -39,11 +39,11 @@ class Study:
         if len(self.collections) < len(args.data):
             raise ValueError(f"--data: two collections have the same name, {', '.join(args.data)}")
         self.sources = Sources(args.wikiqa)
-        native = self.start.freeze is not None and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        dtype = args.dtype if args.dtype != "auto" else "bfloat16" if native else "float32"
+        dtype = pick_dtype(args.dtype, pick_device(args.device), encoding=self.start.freeze is not None)
         git = "git describe --always --abbrev=12 --dirty=+ --exclude='*'"  # in a shell: there may be no git
         done = subprocess.run(git, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
-        self.place = {"commit": done.stdout.strip() or None, "machine": machine(args.device), "dtype": dtype}
+        self.place = {"commit": done.stdout.strip() or None, "machine": machine(args.device),
+                      "dtype": str(dtype).removeprefix("torch.")}
         self.records = FileLock(cache_dir() / "experiment.lock")  # waits; the locks of runs do not
 
     @cached_property

@@ -26,13 +26,12 @@ import transformers
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from repro import checkpoints, data, encoder, evaluate, files, generate  # noqa: E402
-from repro import losses, metrics, prompts, train  # noqa: E402
+from repro import checkpoints, data, encoder, evaluate, files, generate, losses, metrics, prompts, train  # noqa: E402  # noqa: E402
 
 OUT = Path(losses.__file__).parent / "experiment" / "results" / "bench.json"
 COLUMNS = ("what", "format", "peer", "unit", "ours", "peer's", "ratio", "goal", "note")
 MODEL, HEAT = "all-minilm-l6-v2", {"temperature": 0.05, "label_temperature": 0.3}
-NATIVE = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # else only emulated
+NATIVE = checkpoints.pick_dtype("auto", torch.device("cpu"), encoding=True) == torch.bfloat16
 QUICK = "--quick" in sys.argv
 TURNS = 2 if QUICK else 5
 Row, Work = dict[str, Any], Callable[[], Any]
