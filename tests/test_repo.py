@@ -42,7 +42,7 @@ def test_imports_go_one_way_and_files_are_short(module: str) -> None:
 
 def test_line_budgets_and_width() -> None:
     """Lines of code, comments and docstrings; blank ones are not counted."""
-    for folder, most in (("repro", 2730), ("tests", 2300)):
+    for folder, most in (("repro", 2700), ("tests", 2300)):
         texts = {path: path.read_text(encoding="utf-8") for path in (ROOT / folder).rglob("*.py")}
         assert sum(bool(line.strip()) for text in texts.values() for line in text.splitlines()) <= most
         wide = [path.name for path, text in texts.items() for line in text.splitlines() if len(line) > 110]

@@ -5,6 +5,7 @@
 Both sides get the same texts, lengths, batch, number format and threads (OMP_NUM_THREADS) and a turn to warm
 up; a ratio is the median over 5 turns.  The rows go to bench.json of the results; another machine's leave it.
 """
+# ruff: noqa: E402
 
 import argparse
 import json
@@ -26,7 +27,7 @@ import transformers
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from repro import checkpoints, data, encoder, evaluate, files, generate, losses, metrics, prompts, train  # noqa: E402  # noqa: E402
+from repro import checkpoints, data, encoder, evaluate, files, generate, losses, metrics, prompts, train
 
 OUT = Path(losses.__file__).parent / "experiment" / "results" / "bench.json"
 COLUMNS = ("what", "format", "peer", "unit", "ours", "peer's", "ratio", "goal", "note")
