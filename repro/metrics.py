@@ -19,9 +19,13 @@ MEASURES = ("ndcg@10", "mrr@10", "recall@100")
 def rank(scores: Mapping[str, float], where: str = "run") -> list[str]:
     """Passage ids, best first, in trec_eval's order: score descending, compared as 32-bit floats; among
     equal scores, passage id descending.  ValueError for a score that is not finite in 32 bits."""
-    rounded = array("f", (s if isinstance(s, Real) else math.nan for s in scores.values()))
-    if bad := [pid for pid, score in zip(scores, rounded, strict=True) if not math.isfinite(score)]:
-        raise ValueError(f"{where}, passage {bad[0]}: score {scores[bad[0]]!r} is not finite in 32 bits")
+    try:
+        rounded = array("f", scores.values())
+    except TypeError:
+        rounded = array("f", (s if isinstance(s, Real) else math.nan for s in scores.values()))
+    if not all(map(math.isfinite, rounded)):
+        bad = next(pid for pid, score in zip(scores, rounded, strict=True) if not math.isfinite(score))
+        raise ValueError(f"{where}, passage {bad}: score {scores[bad]!r} is not finite in 32 bits")
     if all(map(operator.gt, rounded, rounded[1:])):  # as a search returns them, mostly
         return list(scores)
     return [pid for _, pid in sorted(zip(rounded, scores, strict=True), reverse=True)]
@@ -56,7 +60,7 @@ def evaluate(qrels: Qrels, run: Run, measures: Iterable[str] = MEASURES) -> dict
             raise ValueError(f"unknown measure {measure!r}: expected {'@k, '.join(FUNCTIONS)}@k, with k >= 1")
     for qid, judged in qrels.items():
         for pid, y in judged.items():
-            if not isinstance(y, Integral) or y < 0:
+            if type(y) is not int and not isinstance(y, Integral) or y < 0:  # the second check is slow
                 raise ValueError(f"qrels, query {qid}, passage {pid}: grade {y!r} is not a whole number >= 0")
         found = [judged.get(pid, 0) for pid in rank(run.get(qid, {}), f"run, query {qid}")]
         values[qid] = {m: FUNCTIONS[name](found, judged.values(), int(k)) for m, (name, k) in wanted.items()}

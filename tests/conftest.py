@@ -24,13 +24,11 @@ from transformers import PreTrainedTokenizerFast as FastTokenizer  # noqa: E402
 from repro.checkpoints import WHEELS, cache_dir  # noqa: E402
 from repro.data import GradedList  # noqa: E402
 
-WORDS = (
-    "the a of in on for with how long does it take to bake bread dough rise sleep cat dog river bank moon "
-    "tide why is sky blue capital city iron steel rust tea coffee beans roast engine oil change heart rate "
-    "normal"
-).split()
-TOPICS = (
-    "bread dough rise,moon tide,iron rust,coffee beans roast,engine oil change,cat sleep,sky blue,heart rate")
+WORDS = ("the a of in on for with how long does it take to bake bread dough rise sleep cat dog river bank "
+         "moon tide why is sky blue capital city iron steel rust tea coffee beans roast engine oil change "
+         "heart rate normal").split()
+TOPICS = "bread dough rise|moon tide|iron rust|coffee beans roast|engine oil change|cat sleep|sky blue"
+TOPICS += "|heart rate"
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "checkpoint: needs the built-in 135M model")
@@ -70,10 +68,8 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random 3-layer BERT (dropout 0.1, with a pooler) and the same tokenizer."""
     torch.manual_seed(1)
     heads = {"num_attention_heads": 2, "num_hidden_layers": 3}
-    return _save(
-        tmp_path_factory.mktemp("tiny") / "bert",
-        BertModel(BertConfig(**SIZES, **heads, max_position_embeddings=64)),
-    )
+    config = BertConfig(**SIZES, **heads, max_position_embeddings=64)
+    return _save(tmp_path_factory.mktemp("tiny") / "bert", BertModel(config))
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -83,7 +79,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def graded_lists(count: int = 16) -> list[GradedList]:
     """Queries about a topic; grade 3 holds all of its words, 2 the first, 1 the last, 0 another topic's."""
-    topics, made = [topic.split() for topic in TOPICS.split(",")], []
+    topics, made = [topic.split() for topic in TOPICS.split("|")], []
     for n in range(count):
         words, other = topics[n % len(topics)], topics[(n + 1) % len(topics)]
         passages = [f"the {' '.join(words)} of it", f"a {words[0]} in the city", f"why is {words[-1]}"]

