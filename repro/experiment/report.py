@@ -142,8 +142,8 @@ def report(runs: Sequence[Run], tuning: dict[str, dict]) -> str:
             rows.append((arm, len(found["trials"]), f"{found['start']:.3f}", f"{best:.3f}", ", ".join(shown)))
         parts += ["Tuning, on development data:", _table(("arm", "trials", "start", "best", "with"), rows)]
     if (path := claims.RESULTS / "bench.json").exists():
-        machine, rows = map(json.loads(path.read_text(encoding="utf-8")).get, ("machine", "rows"))
-        where = ", ".join(f"{key} {value}" for key, value in machine.items())
+        at, rows = map(json.loads(path.read_text(encoding="utf-8")).get, ("machine", "rows"))
+        where = ", ".join(f"{key} {value}" for key, value in at.items())
         parts += ["## Speed", f"By `python tests/bench/bench.py`, in turns, the ratio is a median; {where}:"]
         parts.append(_table(rows[0], map(dict.values, rows)))
     return "\n\n".join(parts) + "\n"
