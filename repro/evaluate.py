@@ -10,6 +10,7 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from repro import metrics
 from repro.checkpoints import machine, pick_device, pick_dtype
 from repro.data import Place, Texts, load_beir
 from repro.encoder import BiEncoder
-from repro.files import checked_output, ending, one_line, writing
+from repro.files import checked_output, ending, locked, one_line, writing
 
 BLOCK, QUERY_BLOCK = 32_768, 512  # passages and queries compared at a time: 67 MB of scores
 KEPT = 100_000  # passages whose vectors are kept in the cache: 230 MB with 576 numbers each
@@ -148,15 +149,20 @@ def _plain_name(place: Place) -> str:
 
 def _command(model: str, data: str, split: str, out: Path | None, run: Path | None, **options: Any) -> None:
     out = out and checked_output(out, re.compile(r'\{"collection": ').match)  # how an own file begins
-    run = run and checked_output(run, re.compile(r"(?a)\S+ Q0 \S+ \d+ \S+ \S+\s*$").match)
+    own = re.escape(re.sub(r"\s+", "_", _plain_name(model)))  # another model's run is not overwritten
+    run = run and checked_output(run, re.compile(rf"\S+ Q0 \S+ \d+ \S+ {own}\s*$").match)
     if out and run and out.resolve() == run.resolve() and (out.is_file() or not out.exists()):
         raise ValueError(f"{out}: --out and --run name the same file")
-    record = evaluate_model(model, *load_beir(data, split=split), run_file=run, progress=True, **options)
-    record = {"collection": _plain_name(data), "split": split, **record}
-    if out:
-        fields = (f'"{key}": {json.dumps(value, ensure_ascii=False)}' for key, value in record.items())
-        with writing(out) as sink:
-            sink.write("{" + ",\n ".join(fields) + "}\n")
+    with ExitStack() as stack:
+        for path in (out, run):
+            if path and (path.is_file() or not path.exists()):  # a device needs no lock
+                stack.enter_context(locked(path))
+        record = evaluate_model(model, *load_beir(data, split=split), run_file=run, progress=True, **options)
+        record = {"collection": _plain_name(data), "split": split, **record}
+        if out:
+            fields = (f'"{key}": {json.dumps(value, ensure_ascii=False)}' for key, value in record.items())
+            with writing(out) as sink:
+                sink.write("{" + ",\n ".join(fields) + "}\n")
     counts = ", ".join(f"{count} {what}" for what, count in record["counts"].items())
     print(f"collection  {one_line(record['collection'])} ({one_line(split)}): {counts}")
     how = "{device}, {dtype}, {seconds} s".format(**record)

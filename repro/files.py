@@ -73,7 +73,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def text_field(row: dict[str, Any], field: str, where: str, *, empty: bool = False) -> str:
     """The string in `row[field]`; an id may be a whole number.  ValueError naming `where` and the field."""
     value = row.get(field)
-    if field in ("_id", "id") and type(value) is int:
+    if field in ("_id", "id", "qid") and type(value) is int:
         value = str(value)
     if not isinstance(value, str) or not (empty or value.strip()):
         found = "no such field" if field not in row else f"{type(value).__name__} {value!r}"

@@ -51,11 +51,11 @@ NUMBER = r"(?P<number>[0-9]{1,2}|zero|one|two|three|four)"
 NOUN = r"(?:relevance )?(?:level|grade|score|passage|rating)s?"
 KEY = re.compile(rf"(?i)[^\w-]*(?:(?:{NOUN})?[\s_:#-]*{NUMBER}\b.{{0,60}}|(?P<name>{NAMES})(?:.passage)?)\W*")
 LABEL = re.compile(  # how a line opens: "Level 3:", "**3** ", "[3] ", "## Grade three", "Highly relevant - "
-    rf"(?im)^[ \t#>_`\"'(\[-]*(?P<bold>\*\*)?\*?[ \t]*\[?(?P<square>(?<=\[))?"
+    rf"(?im)^(?:[*•+][ \t]+)?[ \t#>_`\"'(\[-]*(?P<bold>\*\*)?\*?[ \t]*\[?(?P<square>(?<=\[))?"
     rf"(?:{NOUN}[ \t]*[:#-]?[ \t]*{NUMBER}|(?P<bare>[0-9])|(?P<name>{NAMES}))(?![\w%])"
     rf"(?:[ \t]*[.:(),*–—-]*[ \t]*\(?(?:{NAMES})(?![\w]))?"
-    r"(?:[ \t_`*)\]]*(?:[:.)=–—-]+[ \t*_`\"']*|$)"
-    r"|(?(square)\][ \t*_`\"']*|(?(bold)[:.)]*\*\*[ \t]*|(?!))))")
+    r"(?:[ \t_`*)\]]*(?:[:.)=–—-]+[ \t*_`]*|$)"
+    r"|(?(square)\][ \t*_`]*|(?(bold)[:.)]*\*\*[ \t]*|(?!))))")
 SINGLE = re.compile(r"(?s)([{\[,:]\s*)'(.{0,1200}?)'(?=\s*(?:[:}\]]|,\s*['\"\d}{]))")  # a string of near-JSON
 FENCE = re.compile(r"`{3,}[ \t]*[a-zA-Z]*|~{3,}")
 Found = list[tuple[int, object]]  # (level, what stands there), in the order of the reply
@@ -118,14 +118,14 @@ def from_json(text: str, levels: tuple[int, ...]) -> Found:
     """(level, value) of all JSON in a text: keys, {"level": 3, "passage": "..."}, {"passages": {...}}."""
     found: Found = []
 
-    def note(pairs: list[tuple[str, object]]) -> dict:  # called for each object, inner ones first
+    def note(pairs: list[tuple[str, object]]) -> object:  # called for each object, inner ones first
         plain = {key.lower(): item for key, item in pairs}
         label = next((plain[k] for k in ("level", "grade", "relevance", "score") if k in plain), None)
         content = next((plain[k] for k in ("passage", "text", "content") if k in plain), None)
         if label is not None and isinstance(content, str):
             pairs = [(label, content)]
         found.extend((level, item) for key, item in pairs if (level := level_of(key, levels)) is not None)
-        return {}
+        return content if label is None and isinstance(content, str) else {}
 
     end, decoder = 0, json.JSONDecoder(object_pairs_hook=note, strict=False)
     for start in [match.start() for match in re.finditer("{", text)][:64]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 from transformers import AutoTokenizer
 
 from repro.checkpoints import cached, load_pretrained
@@ -70,8 +71,7 @@ def warm_up(start: Tensor, cuts: Tensor, passages: Tensor, seed: int) -> Tensor:
     for _ in range(EPOCHS):
         for rows in torch.randperm(len(passages), generator=order).split(size):
             if len(rows) == size:
-                short, long = (
-                    nn.functional.normalize(x[rows] @ w.T, dim=1) for x in (cuts, passages))  # (B, m)
+                short, long = (normalize(x[rows] @ w.T, dim=1) for x in (cuts, passages))  # (B, m)
                 infonce(short @ long.T, torch.eye(size), TEMPERATURE).backward()
                 optimiser.step()
                 optimiser.zero_grad()

@@ -79,9 +79,7 @@ class TrainConfig:
     target: str = "all"  # who has target mass: all passages of the batch, or the query's own
     ignore_between: bool = False  # infonce: leave out the grades between the positive and 0
     average: float = 1.0  # share of the way from the start's weights to the trained ones
-    freeze: int | None = (
-        None  # embeddings and so many layers stay; none: all under a linear map, else nothing
-    )
+    freeze: int | None = None  # embeddings and n layers stay; none: all under a linear map, else nothing
     warmup: float = 0.05  # share of the steps, then linear decay to 0
     weight_decay: float = 0.01  # of AdamW
     clip: float = 1.0  # largest gradient norm
@@ -277,10 +275,11 @@ def train(config: TrainConfig, lists: Lists | None = None, progress: bool = True
     record: dict[str, Any] = {"settings": settings, "queries": len(lists)}
     record["lists_sha256"] = hashlib.sha256(content).hexdigest()
     if finished:
+        record = same_run(out / "train.json", record)
         print(f"{out}: finished already with these settings, nothing to do", file=sys.stderr)
-        return same_run(out / "train.json", record)
+        return record
     with locked(out) if rank == 0 else nullcontext():
-        if work.exists() and any(work.iterdir()):
+        if work.exists() and any(path.suffix != ".tmp" for path in work.iterdir()):
             same_run(work / "settings.json", record)
         encoder = BiEncoder.load(config.model, str(device), "float32")
         if rank == 0:

@@ -169,7 +169,7 @@ def test_readme_block_is_small_at_its_longest(monkeypatch: pytest.MonkeyPatch) -
     worst = {"comparison": claims.Comparison(-0.021, -0.041, -0.011, 0.01, 9), "verdict": "does not hold"}
     rows = [row._replace(**worst) for row in judge([], "base")]
     monkeypatch.setattr(claims, "judge", lambda runs, start: rows)
-    shared = {"group": "main", "trained": {**PLACE, "dtype": "bfloat16"}}
+    shared = {"group": "main", "arm": "KL", "trained": {**PLACE, "dtype": "bfloat16"}}
     shared["collections"] = dict.fromkeys(("dl19-pool", "wikiqa", "cranfield", "scifact"))
     text = report.summary([{**shared, "start": x, "seed": n} for x in report.STARTS for n in range(5)])
     assert len(text.encode()) <= 900 and text.count("does not hold") == 10 and "..." not in text

@@ -76,7 +76,8 @@ def test_bad_rows_are_named(tmp_path: Path, part: str, content: str | bytes, mes
     refused(rf"{part}\S*{message}", load_beir, write(tmp_path, **{part: content}))
 
 def test_grades(tmp_path: Path) -> None:
-    for grade in ("-1", "1.5", "high", "nan", "1_0", "3.0", "+3", "٣", ""):
+    assert load_beir(write(tmp_path, qrels="q1\tp1\t-1\nq1\tp2\t2\n"))[2] == {"q1": {"p1": 0, "p2": 2}}
+    for grade in ("1.5", "- 1", "high", "nan", "1_0", "3.0", "+3", "٣", ""):
         folder = write(tmp_path, qrels=QRELS + f"q2\tp1\t{grade}\n")
         refused(r"test\.tsv:8: field 'score': expected a whole grade", load_beir, folder)
     assert [as_grade(value, "x:1") for value in ("3", 3, 3.0, "0", 10**6)] == [3, 3, 3, 0, 10**6]

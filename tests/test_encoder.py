@@ -80,6 +80,8 @@ def test_saved_folder_gives_the_same_here_and_in_sentence_transformers(
     encoder.save(tmp_path / "cls")
     other = SentenceTransformer(str(tmp_path / "cls"), device="cpu")
     assert_close(torch.from_numpy(other.encode(texts)), encoder.encode(texts))
+    with pytest.raises(ValueError, match="expected a list of texts, got one str"):
+        encoder.encode("tea")
 
 def test_folder_written_by_sentence_transformers(tiny_bert: Path, tmp_path: Path) -> None:
     from sentence_transformers import SentenceTransformer

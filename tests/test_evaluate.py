@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from repro import evaluate, metrics
 from repro.encoder import BiEncoder
 from repro.evaluate import bm25_run, evaluate_model, retrieve, search
+from repro.files import locked
 
 CORPUS = {"p1": "one", "p2": "two", "p3": "three", "p4": "four", "p5": "five"}
 QUERIES = {"q1": "ask one", "q2": "ask two", "q3": "never judged"}
@@ -132,6 +133,9 @@ def test_the_record_of_the_command(loaded, tmp_path, capsys):
     assert Path("r").read_text().splitlines()[0] == "q1 Q0 p1 1 3.0 tiny"
     assert "5 passages, 2 queries, 3 judgments" in capsys.readouterr().out
     assert evaluate.main([*command[:-1], "/dev/null", "--out", "/dev/null"]) == 0
+    assert evaluate.main(["--model", "bm25", "--run", "r"]) == 2  # another model's
+    with locked("new/r.json"):  # another process is writing it
+        assert evaluate.main([*command, "--out", str(out)]) == 2
     assert Path("/dev/null").is_char_device()
 
 @pytest.mark.parametrize(("options", "message"), [

@@ -159,9 +159,9 @@ def test_names_devices_and_formats(tmp_path: Path, tiny_llama: Path) -> None:
         with pytest.raises(ValueError, match=name):
             call(name)
 
-@pytest.mark.parametrize("damage", ["prefix", "layer", "extra", "pickle"])
-def test_weights_that_would_become_random_are_refused(damage: str, tiny_llama: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(tiny_llama, tmp_path / "damaged"))
+@pytest.mark.parametrize("damage", "prefix layer extra pickle tokenizer config modules".split())
+def test_what_would_become_random_is_refused(damage: str, tiny_llama, tiny_bert, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_bert if damage == "tokenizer" else tiny_llama, tmp_path / "damaged"))
     weights = load_file(folder / "model.safetensors")
     if damage == "prefix":
         weights = {f"module.{key}": value for key, value in weights.items()}
@@ -173,9 +173,13 @@ def test_weights_that_would_become_random_are_refused(damage: str, tiny_llama: P
     if damage == "pickle":
         torch.save(weights, folder / "pytorch_model.bin")
         (folder / "model.safetensors").unlink()
+    for file in folder.glob("tokenizer*") if damage == "tokenizer" else ():
+        file.unlink()
+    if damage in ("config", "modules"):
+        (folder / f"{damage}.json").write_text('{"hidden_size": "x"' + "}" * (damage[0] == "c"))
     expected = {"prefix": "missing", "layer": r"missing.*layers\.2", "extra": r"unexpected.*layers\.4",
-                "pickle": "could not load"}
-    with pytest.raises(ValueError, match=expected[damage]):
+                "tokenizer": "its files are missing", "modules": "modules.json: expected JSON"}
+    with pytest.raises(ValueError, match=expected.get(damage, "could not load")):
         BiEncoder.load(folder, device="cpu")
 
 def test_modules_may_not_lead_out_of_the_folder(tiny_bert: Path, tmp_path: Path) -> None:
@@ -194,8 +198,8 @@ def test_built_in_model_is_converted_without_a_trace_of_quantisation() -> None:
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())
     model, tokenizer = load_pretrained(folder, AutoModelForCausalLM), load_pretrained(folder, AutoTokenizer)
     chat = [{"role": "user", "content": "What is the capital of France?"}]
-    prompt = tokenizer.apply_chat_template(
-        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    options = {"return_tensors": "pt", "return_dict": True}
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, **options)
     reply = model.generate(**prompt, max_new_tokens=12, do_sample=False)[0, prompt["input_ids"].shape[1] :]
     assert "Paris" in tokenizer.decode(reply)
 

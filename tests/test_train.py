@@ -286,6 +286,4 @@ def test_the_four_released_experiments_take_their_first_steps(
             assert main([*options, "--steps", "2", "--device", "cpu"]) == 0
             record = json.loads(Path(options[-1], "train.json").read_text())
             found[options[-1]] = record["settings"]["loss"], record["queries"], record["steps"]
-    kinds = ("real-binary", "infonce"), ("synthetic-binary", "infonce")
-    kinds += ("synthetic-graded", "wasserstein_gaussian"), ("synthetic-and-real", "wasserstein_gaussian")
-    assert found == {f"runs/{name}": (loss, 128, 2) for name, loss in kinds}
+    assert [*found.values()] == [("infonce", 128, 2)] * 2 + [("wasserstein_gaussian", 128, 2)] * 2

@@ -113,9 +113,11 @@ def summary(runs: Sequence[Run]) -> str:
         rows.append((f"{same[0].claim}: {same[0].text}", *cells))
     for run in (run for run in runs if run["group"] == "main"):
         place = "{start}: {trained[dtype]}, {trained[machine][device]} {trained[machine][processor]}, seeds"
-        seeds.setdefault(place.format(**run), set()).add(run["seed"])
+        seeds.setdefault(place.format(**run), {}).setdefault(run["arm"], []).append(run["seed"])
     names = ", ".join(_order({name for run in runs for name in run["collections"]} - {*NO_VOTE}))
-    about = "; ".join(" ".join(map(str, (place, *sorted(found)))) for place, found in sorted(seeds.items()))
+    for place, arms in seeds.items():  # the arms of an unfinished start may have unequally many
+        seeds[place] = " or ".join(sorted({" ".join(map(str, sorted(found))) for found in arms.values()}))
+    about = "; ".join(map(" ".join, sorted(seeds.items())))
     table, text = _table(("", *STARTS), rows), f"Difference in nDCG@10, 95 % interval, on {names}. {about}."
     return f"{one_line(text, 897 - len(table.encode()))}\n\n{table}\n"
 

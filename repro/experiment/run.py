@@ -39,11 +39,10 @@ class Study:
         if len(self.collections) < len(args.data):
             raise ValueError(f"--data: two collections have the same name, {', '.join(args.data)}")
         self.sources = Sources(args.wikiqa)
-        dtype = pick_dtype(args.dtype, pick_device(args.device), encoding=self.start.freeze is not None)
+        dtype = str(pick_dtype(args.dtype, pick_device(args.device), self.start.freeze is not None))[6:]
         git = "git describe --always --abbrev=12 --dirty=+ --exclude='*'"  # in a shell: there may be no git
         done = subprocess.run(git, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
-        self.place = {"commit": done.stdout.strip() or None, "machine": machine(args.device),
-                      "dtype": str(dtype).removeprefix("torch.")}
+        self.place = {"commit": done.stdout.strip() or None, "machine": machine(args.device), "dtype": dtype}
         self.records = FileLock(cache_dir() / "experiment.lock")  # waits; the locks of runs do not
 
     @cached_property
