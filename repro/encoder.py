@@ -195,7 +195,7 @@ class BiEncoder(nn.Module):
         lists = (module for module in self.model.modules() if isinstance(module, nn.ModuleList))
         stack = next((layers for layers in lists if len(layers) == depth), None)
         most = depth if self.projection is not None else depth - 1
-        if layers is not None and (stack is None or not 0 <= layers <= most):
+        if layers is not None and (stack is None and layers < depth or not 0 <= layers <= most):
             raise ValueError(f"freeze: expected 0 to {most} layers for this model, got {layers}")
         parameters = list(self.model.parameters())  # in order: embeddings, layers, a final norm
         border = 0 if layers is None else len(parameters)
