@@ -42,8 +42,9 @@ def test_training_sets(wikiqa: str) -> None:
     sources = arms.Sources(wikiqa)
     sets = {"graded": (36, Y), "binary": (36, [1, 0, 0]), "merged": (36, [3, 0, 0, 0]), "ends": (36, [3, 0])}
     sets |= {"real": (14, [3, 1, 1]), "same questions": (8, Y), "synthetic + real": (8, [*Y, 3, 1, 1])}
-    found = {name: sources.training_set(name, 0) for name in (*sets, "5 queries", "authored", "smollm2")}
-    for name, (count, grades) in {**sets, "5 queries": (5, Y)}.items():
+    sets |= {"5 queries": (5, Y), "6 queries, binary": (6, [1, 0, 0])}
+    found = {name: sources.training_set(name, 0) for name in (*sets, "authored", "smollm2")}
+    for name, (count, grades) in sets.items():
         assert len(found[name]) == count and all(item.grades == grades for item in found[name]), name
     asked = {name: [item.query for item in lists] for name, lists in found.items()}
     assert asked["authored"] == asked["smollm2"] and 5 < len(asked["authored"]) <= 10

@@ -71,7 +71,8 @@ ABLATIONS: dict[str, list[Arm]] = {
     "batch, equal updates": [variant(n, f"batch {b}", batch_size=b) for n in CORE for b in (4, 16, 64)],
     "batch, equal lists": [variant(n, f"batch {b}, equal lists", batch_size=b, steps=350 * 16 // b)
                            for n in CORE for b in (4, 16, 64)],
-    "queries": [variant(n, f"{q} queries", f"{q} queries") for n in CORE for q in (100, 300, 1000)],
+    "queries": [variant(n, f"{q} queries", f"{q} queries" + ", binary" * (n == "InfoNCE"))
+                for n in CORE for q in (100, 300, 1000)],
     "generator": [variant(n, f"by {g}", g) for n in CORE[1:] for g in ("authored", "smollm2")],
     "best and worst": [variant("1-D W", "best and worst passage", "ends")]}
 
@@ -107,9 +108,9 @@ class Sources:
         """The lists of a name that an `Arm` gives; what a recipe draws, it draws with the run's seed."""
         if name in self.named:
             return self.named[name]
-        if name.endswith(" queries"):
-            return random.Random(seed).sample(self.authored, min(int(name.split()[0]), len(self.authored)))
         if name not in ("real", "synthetic + real"):
-            return recipe(self.authored, name, seed)
+            count, part, kind = name.partition(" queries")
+            some = random.Random(seed).sample(self.authored, int(count)) if part else self.authored
+            return recipe(some, kind.strip(", ") or "graded" if part else name, seed)
         real = [item for item in real_lists(self.wikiqa, seed=seed) if item.id not in self.questions]  # k = 3
         return real if name == "real" else combine(self.named["same questions"], real)
