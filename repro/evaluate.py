@@ -154,9 +154,8 @@ def _command(model: str, data: str, split: str, out: Path | None, run: Path | No
     if out and run and out.resolve() == run.resolve() and (out.is_file() or not out.exists()):
         raise ValueError(f"{out}: --out and --run name the same file")
     with ExitStack() as stack:
-        for path in (out, run):
-            if path and (path.is_file() or not path.exists()):  # a device needs no lock
-                stack.enter_context(locked(path))
+        for path in (p for p in (out, run) if p and (p.is_file() or not p.exists())):  # no device
+            stack.enter_context(locked(path))
         record = evaluate_model(model, *load_beir(data, split=split), run_file=run, progress=True, **options)
         record = {"collection": _plain_name(data), "split": split, **record}
         if out:

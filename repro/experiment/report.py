@@ -23,8 +23,7 @@ test. A collection without a vote ({", ".join(NO_VOTE)}) stays out of it, and of
 claim *holds* if p, Holm-corrected over the five claims of a start, is at most {claims.LEVEL} and the
 difference above 0; it *does not hold* if that p is at most {claims.LEVEL} and the difference below 0, or if
 the interval ends below {claims.WORTHWHILE}; else it is *undecided*. An empty cell was not measured with all
-seeds. "InfoNCE" has the released synthetic binary recipe (a positive of grade 3 or 2, negatives 1 and 0),
-"InfoNCE, all lower" the same four passages as 1-D W; "start" is the encoder before this training."""
+seeds. "InfoNCE" has the released binary recipe, "InfoNCE, all lower" all passages; "start" is not trained."""
 BUILD = r"""import gzip, json, os
 ids = set(gzip.open("cached_prompts/dl19-pool.ids.gz", "rt").read().split())
 os.makedirs("dl19-pool/qrels")
