@@ -232,11 +232,11 @@ def read_modules(name: str | Path) -> tuple[dict[str, Any], str]:
                 options["normalise"] = True
             else:
                 raise ValueError(f"{name}: modules.json asks for {one_line(kind)}, which is not in this kit")
-        settings = read("config_sentence_transformers.json")
-        prompts, usual = settings.get("prompts") or {}, settings.get("default_prompt_name")
+        given = (own := read("config_sentence_transformers.json")).get("prompts") or {}
         known = {"query": "query", "passage": "passage", "document": "passage", "corpus": "passage"}
-        options["prompts"] = dict.fromkeys(("query", "passage"), prompts[usual]) if usual else {}
-        options["prompts"] |= {known[key]: text for key, text in prompts.items() if key in known and text}
+        lack = {*known.values()} - {*map(known.get, given)} if (one := own.get("default_prompt_name")) else ()
+        options["prompts"] = dict.fromkeys(lack, given[one] if lack else "")
+        options["prompts"] |= {known[key]: text for key, text in given.items() if key in known and text}
     except (KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise ValueError(f"{name}: expected the files of sentence-transformers, but {error!r}") from error
     return ({key: value for key, value in options.items() if value is not None}, subfolder) \

@@ -68,13 +68,13 @@ def test_saved_folder_gives_the_same_here_and_in_sentence_transformers(
     encoder.save(tmp_path / "all")
     other = SentenceTransformer(str(tmp_path / "all"), device="cpu")
     assert_close(torch.from_numpy(other.encode(texts)), encoder.encode(texts))
-    encoder.prompts["query"] = "why "
+    encoder.prompts["passage"] = "why "  # an empty query prompt stays empty beside the default one
     encoder.save(tmp_path / "prompts")
     again = BiEncoder.load(tmp_path / "prompts", device="cpu")
     assert again.max_length == 9 and again.prompts == encoder.prompts
     for side in ("query", "passage"):
         assert torch.equal(again.encode(texts, side), encoder.encode(texts, side))
-    encoder.prompts["query"] = ""
+    encoder.prompts["passage"] = ""
     encoder.token_weights = encoder.centre = encoder.projection = None
     encoder.normalise, encoder.pooling = False, "cls"
     encoder.save(tmp_path / "cls")
