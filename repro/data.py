@@ -2,19 +2,23 @@
 The first bad row is a ValueError naming file, line and field; what is left out is counted on stderr.
 """
 
+import gzip
+import json
 import random
 import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
 from torch.nn.utils.rnn import pad_sequence
 
-from repro.files import as_grade, one_line, read_jsonl, read_lines, text_field
+from repro.checkpoints import one_line
 
+AUTHORED = Path(__file__).parents[1] / "cached_prompts" / "authored.jsonl"  # the graded lists of the kit
 COLUMNS = ("query-id", "corpus-id", "score")
 RECIPES = {"graded": "every passage with its own grade",
            "binary": "the released synthetic binary: a positive drawn from grades 3 and 2, negatives 1 and 0",
@@ -33,6 +37,62 @@ Place = str | Path
 Lists = list[GradedList]
 Texts = dict[str, str]  # {id: text}
 Collection = tuple[Texts, Texts, dict[str, dict[str, int]]]  # corpus, queries, qrels
+
+def read_lines(path: str | Path) -> Iterator[tuple[str, str]]:
+    """Yield ("path:number", line) of a UTF-8 text file, plain or .gz; blank lines are left out.
+
+    Raises ValueError if the file is missing, unreadable, damaged or not UTF-8."""
+    path, number = Path(path), 0
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
+            for number, raw in enumerate(file, start=1):
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+                if line.strip():
+                    yield f"{path}:{number}", line
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise ValueError(f"{path}:{number}: expected UTF-8 text, found byte {byte:#04x}") from error
+    except (OSError, EOFError, gzip.zlib.error) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ValueError(f"{path}: cannot be read after line {number}: {reason}") from error
+
+def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield ("path:number", object) of a JSON-lines file.  ValueError for a line that is not one object."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        if repeated := [key for key in keys if keys.count(key) > 1]:
+            raise ValueError(f"the key {repeated[0]!r} stands there twice")
+        return dict(pairs)
+
+    for where, line in read_lines(path):
+        try:
+            row = json.loads(line, object_pairs_hook=once)
+            json.dumps(row, ensure_ascii=False).encode("utf-8")  # an escaped lone surrogate is no text
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{where}: expected one JSON object, but {error}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: expected one JSON object, found {type(row).__name__}")
+        yield where, row
+
+def text_field(row: dict[str, Any], field: str, where: str, *, empty: bool = False) -> str:
+    """The string in `row[field]`; an id may be a whole number.  ValueError naming `where` and the field."""
+    value = row.get(field)
+    if field in ("_id", "id", "qid") and type(value) is int:
+        value = str(value)
+    if not isinstance(value, str) or not (empty or value.strip()):
+        found = "no such field" if field not in row else f"{type(value).__name__} {value!r}"
+        raise ValueError(f"{where}: field {field!r}: expected text, found {found}")
+    return value
+
+def as_grade(value: Any, where: str) -> int:
+    """A whole grade >= 0, from a number or from plain digits.  Raises ValueError naming `where` otherwise."""
+    if isinstance(value, str) and re.fullmatch(" *[0-9]{1,9} *", value):
+        return int(value)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_number and 0 <= value < 1e9 and value == int(value):
+        return int(value)
+    raise ValueError(f"{where}: expected a whole grade of 0 or more, found {value!r}")
 
 def _tsv(path: Path) -> Iterator[tuple[str, dict]]:
     for position, (where, line) in enumerate(read_lines(path)):

@@ -1,7 +1,6 @@
 """The bi-encoder: one transformer, a (weighted) mean over its token states, one vector a text.
 
-Query and passage go through the same network; the score of a pair is the dot product of their vectors.  Four
-options matter for an encoder that was never trained for retrieval; Contriever and its kind need none of them.
+Query and passage go through the same network; the score of a pair is the dot product of their vectors.
 A model is saved as a sentence-transformers folder: `SentenceTransformer(folder)` gives the same vectors.
 """
 
@@ -19,15 +18,15 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer
 
 from repro import checkpoints, start
-from repro.checkpoints import load_pretrained
-from repro.files import new_folder, one_line
+from repro.checkpoints import find_file, load_pretrained, new_folder, one_line, write_json
 
 ROWS_ON_CPU = 16  # texts embedded together in training; 64, padded to the longest, hold 1.4 x the tokens
 BLOCK = 1024  # texts in one file of kept vectors: half a minute of work on two cores
@@ -41,9 +40,9 @@ class BiEncoder(nn.Module):
 
         e(x) = W (sum_t w[x_t] h_t / sum_t w[x_t] - c),   then e / |e| if `normalise`
 
-    with h_t the last layer's states; `token_weights` w (V,), which make rare tokens count more, `centre` c
-    (d,), and `projection` W (m, d), the linear map, the only one of them that is trained, are options.
-    `prompts` {"query", "passage"} are put in front of the texts (E5's "query: ")."""
+    with h_t the last layer's states.  Options that Contriever and its kind do not need: `token_weights` w
+    (V,), which make rare tokens count more, `centre` c (d,), `projection` W (m, d), the linear map, the only
+    one of them that trains, and `prompts` {"query", "passage"} in front of the texts (E5's "query: ")."""
 
     def __init__(self, model: nn.Module, tokenizer: Any, *, pooling: str = "mean", normalise: bool = False,
                  token_weights: Tensor | None = None, centre: Tensor | None = None, max_length: int = 256,
@@ -55,7 +54,7 @@ class BiEncoder(nn.Module):
         self.model, self.tokenizer = model, tokenizer
         self.pooling, self.normalise, self.max_length = pooling, normalise, max_length
         self.prompts = {"query": "", "passage": "", **(prompts or {})}
-        self.fingerprint = ""  # of a transformer that is frozen whole
+        self.frozen_whole, self.fingerprint = False, ""  # whole: a text's mean vector never changes
         self.register_buffer("token_weights", token_weights)
         self.register_buffer("centre", centre)
         self.projection = None if projection is None else nn.Parameter(projection.clone())
@@ -63,11 +62,6 @@ class BiEncoder(nn.Module):
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
-
-    @property
-    def frozen_whole(self) -> bool:
-        """Whether no weight of the transformer trains, so that a text's mean vector never changes."""
-        return bool(self.fingerprint)
 
     def prompted(self, texts: Texts, kind: str) -> list[str]:
         """The prompt of `kind` (query or passage) in front of each text.  ValueError for another kind."""
@@ -79,16 +73,14 @@ class BiEncoder(nn.Module):
 
     def tokenise(self, texts: Texts, kind: str = "passage") -> list[list[int]]:
         """Token ids of texts with their prompt, cut at `max_length`, at least one id a text."""
-        texts = self.prompted(texts, kind)
-        options = {"truncation": True, "max_length": self.max_length}
+        texts, options = self.prompted(texts, kind), {"truncation": True, "max_length": self.max_length}
         rows = self.tokenizer(texts, **options)["input_ids"] if texts else []
         return [row or [self.tokenizer.pad_token_id or 0] for row in rows]
 
     def forward(self, queries: Texts, passages: Texts, chunk: int | None = None) -> tuple[Tensor, Tensor]:
-        """(n, d) and (m, d) embeddings with gradient, in one call, as DDP wants one call a step.
-
-        With `chunk`, so many texts are embedded at a time and only their embeddings are kept; the
-        backward pass computes the rest again (gradient caching, Gao et al. 2021, arXiv 2101.06983)."""
+        """(n, d) and (m, d) embeddings with gradient, in one call, as DDP wants one a step.  With `chunk`, so
+        many texts are embedded at a time and only their embeddings are kept; the backward pass computes the
+        rest again (gradient caching, Gao et al. 2021, arXiv 2101.06983)."""
         return self.embed(queries, "query", chunk), self.embed(passages, "passage", chunk)
 
     def embed(self, texts: Texts, kind: str, chunk: int | None = None) -> Tensor:
@@ -105,8 +97,8 @@ class BiEncoder(nn.Module):
     def _mean(self, ids: list[list[int]]) -> Tensor:
         """(n, hidden) weighted means of the last layer's states, float32."""
         lengths, pad = torch.tensor([len(row) for row in ids]), self.tokenizer.pad_token_id or 0
-        rows = [torch.tensor(row) for row in ids]
-        padded = nn.utils.rnn.pad_sequence(rows, True, pad).to(self.device)  # (n, L), padded on the right
+        padded = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in ids], True, pad)  # on the right
+        padded = padded.to(self.device)  # (n, L)
         mask = (torch.arange(padded.shape[1]) < lengths[:, None]).long().to(self.device)
         hidden = self.model(input_ids=padded, attention_mask=mask).last_hidden_state  # (n, L, hidden)
         with torch.autocast(self.device.type, enabled=False):  # the mean over tokens stays in float32
@@ -120,8 +112,7 @@ class BiEncoder(nn.Module):
 
     def _finish(self, vectors: Tensor) -> Tensor:
         with torch.autocast(self.device.type, enabled=False):
-            if self.centre is not None:
-                vectors = vectors - self.centre
+            vectors = vectors if self.centre is None else vectors - self.centre
             if self.projection is not None:
                 vectors = vectors @ self.projection.T  # (n, m)
             return nn.functional.normalize(vectors, dim=1) if self.normalise else vectors
@@ -197,14 +188,12 @@ class BiEncoder(nn.Module):
         most = depth if self.projection is not None else depth - 1
         if layers is not None and (stack is None and layers < depth or not 0 <= layers <= most):
             raise ValueError(f"freeze: expected 0 to {most} layers for this model, got {layers}")
-        parameters = list(self.model.parameters())  # in order: embeddings, layers, a final norm
-        border = 0 if layers is None else len(parameters)
-        if layers is not None and layers < depth:
-            first = next(stack[layers].parameters())
-            border = next(n for n, parameter in enumerate(parameters) if parameter is first)
-        for n, parameter in enumerate(parameters):
-            parameter.requires_grad_(n >= border)
-        self.fingerprint = self._fingerprint() if layers == depth else ""
+        trains, first = layers is None, None if layers in (None, depth) else next(stack[layers].parameters())
+        for parameter in self.model.parameters():  # in order: embeddings, layers, a final norm
+            trains = trains or parameter is first
+            parameter.requires_grad_(trains)
+        self.frozen_whole = layers == depth
+        self.fingerprint = self._fingerprint() if self.frozen_whole else ""
 
     def _fingerprint(self) -> str:
         """Hex sha256 of all that mean vectors depend on."""
@@ -212,8 +201,8 @@ class BiEncoder(nn.Module):
         tokenizer = json.loads(backend.to_str()) if backend is not None else self.tokenizer.get_vocab()
         config = {**self.model.config.to_dict(), "_name_or_path": ""}  # wherever the model lies
         tokenizer |= {"truncation": None, "padding": None}  # states of an earlier call
-        code = [POOLING_VERSION, transformers.__version__, type(self.model).__name__, self.device.type]
-        parts = [*code, self.pooling, self.max_length, config, tokenizer]
+        parts = [POOLING_VERSION, transformers.__version__, type(self.model).__name__, self.device.type,
+                 self.pooling, self.max_length, config, tokenizer]
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
         weights = {**self.model.state_dict(), "token_weights": self.token_weights}
         for key in sorted(key for key, value in weights.items() if value is not None):
@@ -222,52 +211,41 @@ class BiEncoder(nn.Module):
         return digest.hexdigest()
 
     def save(self, folder: str | Path) -> Path:
-        """Write a sentence-transformers folder (safetensors); it must not exist or be empty.  Returns it.
-
-        Modules: Transformer, WordWeights, Pooling, Dense (identity with bias -c), Dense (W), Normalize; those
-        that the model does not use are left out."""
+        """Write a sentence-transformers folder (safetensors); it must not exist or be empty.  Returns it."""
+        width, rows = self.model.config.hidden_size, []
+        dense = {"in_features": width, "activation_function": "torch.nn.modules.linear.Identity"}
+        modules: list[tuple[str, dict[str, Any], dict[str, Tensor]]] = [("Transformer", {}, {})]
+        if self.token_weights is not None:
+            words = self.tokenizer.convert_ids_to_tokens(list(range(len(self.token_weights))))
+            words = [word or "" for word in words]
+            by_word = dict(zip(words, self.token_weights.tolist(), strict=True))
+            config = {"vocab": words, "word_weights": by_word, "unknown_word_weight": 1}
+            modules.append(("WordWeights", config, {}))
+        pooling = {"word_embedding_dimension": width, "pooling_mode_cls_token": self.pooling == "cls"}
+        modules.append(("Pooling", {**pooling, "pooling_mode_mean_tokens": self.pooling == "mean"}, {}))
+        if self.centre is not None:
+            shift = {"linear.weight": torch.eye(width), "linear.bias": -self.centre}
+            modules.append(("Dense", {**dense, "out_features": width, "bias": True}, shift))
+        if (w := self.projection) is not None:
+            modules.append(("Dense", {**dense, "out_features": len(w), "bias": False}, {"linear.weight": w}))
+        modules += [("Normalize", {}, {})] * self.normalise
+        default = "passage" if any(self.prompts.values()) else None
+        named = {"prompts": self.prompts, "default_prompt_name": default, "similarity_fn_name": "dot"}
         with new_folder(folder) as scratch:
             self.model.save_pretrained(scratch)
             self.tokenizer.save_pretrained(scratch)
-            width, names = self.model.config.hidden_size, [("", "Transformer")]
-
-            def write(path: str, content: Any) -> None:
-                text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-                (scratch / path).write_text(text, encoding="utf-8")
-
-            def add(kind: str, config: dict[str, Any] | None, **weights: Tensor) -> None:
-                path = f"{len(names)}_{kind}"
-                names.append((path, kind))
-                (scratch / path).mkdir()
-                if config is not None:
-                    write(f"{path}/config.json", config)
+            for n, (kind, config, weights) in enumerate(modules):
+                path, kind = f"{n}_{kind}" if n else "", f"sentence_transformers.models.{kind}"
+                rows.append({"idx": n, "name": str(n), "path": path, "type": kind})
+                (scratch / path).mkdir(exist_ok=True)
+                if config:
+                    write_json(scratch / path / "config.json", config)
                 if weights:
-                    plain = {f"linear.{k}": v.detach().float().cpu().contiguous() for k, v in weights.items()}
+                    plain = {key: value.detach().float().cpu().contiguous() for key, value in weights.items()}
                     save_file(plain, scratch / path / "model.safetensors")
-
-            if self.token_weights is not None:
-                words = self.tokenizer.convert_ids_to_tokens(list(range(len(self.token_weights))))
-                words = [word or "" for word in words]
-                by_word = dict(zip(words, self.token_weights.tolist(), strict=True))
-                add("WordWeights", {"vocab": words, "word_weights": by_word, "unknown_word_weight": 1})
-            modes = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
-            pooling = {key: mode == self.pooling for key, mode in modes.items()}
-            add("Pooling", {"word_embedding_dimension": width, **pooling})
-            dense = {"in_features": width, "activation_function": "torch.nn.modules.linear.Identity"}
-            if self.centre is not None:
-                shift = {"weight": torch.eye(width), "bias": -self.centre}
-                add("Dense", {**dense, "out_features": width, "bias": True}, **shift)
-            if (w := self.projection) is not None:
-                add("Dense", {**dense, "out_features": len(w), "bias": False}, weight=w)
-            if self.normalise:
-                add("Normalize", None)
-            kinds = [(path, f"sentence_transformers.models.{kind}") for path, kind in names]
-            rows = [{"idx": n, "name": str(n), "path": p, "type": kind} for n, (p, kind) in enumerate(kinds)]
-            write("modules.json", rows)
-            write("sentence_bert_config.json", {"max_seq_length": self.max_length, "do_lower_case": False})
-            default = "passage" if any(self.prompts.values()) else None
-            named = {"prompts": self.prompts, "default_prompt_name": default, "similarity_fn_name": "dot"}
-            write("config_sentence_transformers.json", named)
+            write_json(scratch / "modules.json", rows)
+            write_json(scratch / "sentence_bert_config.json", {"max_seq_length": self.max_length})
+            write_json(scratch / "config_sentence_transformers.json", named)
         return Path(folder)
 
     @classmethod
@@ -279,12 +257,74 @@ class BiEncoder(nn.Module):
         target = checkpoints.pick_device(device)
         number_format = checkpoints.pick_dtype(dtype, target, encoding=True)
         where = start.base_folder(cls) if os.fspath(path_or_name) == "base" else path_or_name
-        options, subfolder = checkpoints.read_modules(where)
-        inside = {"subfolder": subfolder} if subfolder else {}
-        model = load_pretrained(where, AutoModel, dtype=number_format, **inside)
-        tokenizer = load_pretrained(where, AutoTokenizer, **inside)
+        options, subfolder = read_modules(where)
+        model = load_pretrained(where, AutoModel, dtype=number_format, subfolder=subfolder)
+        tokenizer = load_pretrained(where, AutoTokenizer, subfolder=subfolder)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         limit = getattr(model.config, "max_position_embeddings", None) or 256
         longest = tokenizer.model_max_length if options else 256  # newer folders keep their limit there
         return cls(model, tokenizer, **{"max_length": min(longest, limit), **options}).to(target).eval()
+
+def read_modules(name: str | Path) -> tuple[dict[str, Any], str]:
+    """(options of `BiEncoder`, subfolder of the transformer) that a sentence-transformers folder asks for.
+
+    A plain transformer, without modules.json, gives ({}, "").  ValueError for what the kit does not have."""
+
+    def read(*path: str) -> Any:
+        file = find_file(name, Path(*path).as_posix())
+        try:
+            return json.loads(file.read_text(encoding="utf-8")) if file else {}
+        except ValueError as error:
+            raise ValueError(f"{name}: {'/'.join(path)}: expected JSON, but {one_line(error)}") from error
+
+    options, subfolder = {"normalise": False}, ""
+    try:
+        for kind, path in [(row["type"].rpartition(".")[2], row["path"]) for row in read("modules.json")]:
+            config, where = read(path, "config.json"), f"{name}/{path}"
+            if kind == "Transformer":
+                subfolder = path
+                options["max_length"] = (own := read(path, "sentence_bert_config.json")).get("max_seq_length")
+                if own.get("do_lower_case"):
+                    raise ValueError(f"{name}: asks for do_lower_case, which is not in this kit")
+            elif kind == "WordWeights":  # a token's own weight, else its lower-cased form's, else the default
+                known, default = config["word_weights"], config.get("unknown_word_weight", 1)
+                weights = (known.get(word, known.get(word.lower(), default)) for word in config["vocab"])
+                options["token_weights"] = torch.tensor([float(weight) for weight in weights])
+            elif kind == "Pooling":
+                on = [key[13:].removesuffix("s").removesuffix("_token") for key, value in config.items()
+                      if value is True and key.startswith("pooling_mode_")]
+                how = options["pooling"] = config.get("pooling_mode") or "+".join(on)  # newer: one string
+                if how not in ("mean", "cls") or not config.get("include_prompt", True):
+                    raise ValueError(f"{where}: expected mean or cls pooling of all tokens, found {how}")
+            elif kind == "Dense":
+                key, value = _dense(find_file(name, f"{path}/model.safetensors"), config, where)
+                if key in options or "projection" in options or options["normalise"]:
+                    raise ValueError(f"{where}: expected Dense layers in the order centre, linear map")
+                options[key] = value
+            elif kind == "Normalize":
+                options["normalise"] = True
+            else:
+                raise ValueError(f"{name}: modules.json asks for {one_line(kind)}, which is not in this kit")
+        given = (own := read("config_sentence_transformers.json")).get("prompts") or {}
+        known = {"query": "query", "passage": "passage", "document": "passage", "corpus": "passage"}
+        lack = {*known.values()} - {*map(known.get, given)} if (one := own.get("default_prompt_name")) else ()
+        options["prompts"] = dict.fromkeys(lack, given[one] if lack else "")
+        options["prompts"] |= {known[key]: text for key, text in given.items() if key in known and text}
+    except (KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise ValueError(f"{name}: expected the files of sentence-transformers, but {error!r}") from error
+    known = {key: value for key, value in options.items() if value is not None}
+    return (known, subfolder) if "max_length" in options else ({}, "")
+
+def _dense(file: Path | None, config: dict[str, Any], where: str) -> tuple[str, Tensor]:
+    """("centre", c) where a Dense layer only subtracts c, ("projection", W) where it has no bias."""
+    if file is None:
+        raise ValueError(f"{where}: expected model.safetensors, found none (pickled weights are not read)")
+    weights = load_file(file)
+    weight, bias = weights["linear.weight"], weights.get("linear.bias")
+    is_linear = config["activation_function"].endswith("Identity") and not config.get("use_residual")
+    if is_linear and (bias is None or not bias.any()):
+        return "projection", weight
+    if is_linear and weight.shape[0] == weight.shape[1] and torch.equal(weight, torch.eye(len(weight))):
+        return "centre", -bias
+    raise ValueError(f"{where}: expected a Dense layer that subtracts a centre or is a linear map, no bias")

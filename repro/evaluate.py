@@ -19,11 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from repro import metrics
-from repro.checkpoints import machine, pick_device, pick_dtype
+from repro import checkpoints, metrics
+from repro.checkpoints import checked_output, ending, locked, one_line, writing
 from repro.data import Place, Texts, load_beir
 from repro.encoder import BiEncoder
-from repro.files import checked_output, ending, locked, one_line, writing
 
 BLOCK, QUERY_BLOCK = 32_768, 512  # passages and queries compared at a time: 67 MB of scores
 KEPT = 100_000  # passages whose vectors are kept in the cache: 230 MB with 576 numbers each
@@ -123,7 +122,7 @@ def evaluate_model(model: Any, corpus: Texts, queries: Texts, qrels: metrics.Qre
         metrics.check_ids([*qrels, *corpus], run_file)
     name = _plain_name(model) if isinstance(model, Place) else type(model).__name__
     if isinstance(model, Place) and model != "bm25":
-        number_format = pick_dtype(dtype, pick_device(device), encoding=True)
+        number_format = checkpoints.pick_dtype(dtype, checkpoints.pick_device(device), encoding=True)
         model = BiEncoder.load(model, device=device)
         keep = cache and model.projection is not None and len(corpus) <= KEPT
         if not keep or dtype != "auto":  # what is kept is computed once, so in float32
@@ -138,7 +137,7 @@ def evaluate_model(model: Any, corpus: Texts, queries: Texts, qrels: metrics.Qre
         metrics.write_run(run, run_file, tag=re.sub(r"\s+", "_", name))
     per_query = metrics.evaluate(qrels, run, measures)
     dtype = getattr(getattr(model, "model", None), "dtype", torch.float32)
-    used = machine(getattr(model, "device", "cpu"), dtype)
+    used = checkpoints.machine(getattr(model, "device", "cpu"), dtype)
     counts = {"passages": len(corpus), "queries": len(qrels), "judgments": sum(map(len, qrels.values()))}
     return {"model": name, "metrics": metrics.mean(per_query), "top_k": top_k, "counts": counts,
             "seconds": seconds, "device": used["device"], "dtype": used["dtype"], "machine": used,

@@ -23,8 +23,9 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from repro import files, prompts
-from repro.checkpoints import load_pretrained, pick_device, pick_dtype
+from repro import checkpoints, prompts
+from repro.checkpoints import checked_output, ending, load_pretrained, locked, one_line, pick_dtype, writing
+from repro.data import AUTHORED, read_jsonl, read_lines, text_field
 
 Chat, Record = list[dict[str, str]], dict[str, Any]
 Jobs = Sequence[tuple[Chat, str]]  # what is asked, and the name that seeds its reply
@@ -64,8 +65,9 @@ class LocalGenerator:
     def __init__(self, name: str = "smollm2-135m", device: str = "auto", dtype: str = "auto",
                  batch_size: int = 64, plain: bool = False) -> None:
         self.name = Path(name).name if Path(name).is_dir() else name  # no machine's folders in the records
-        self.device, self.batch_size, self.plain = pick_device(device), batch_size, plain
-        number_format, self.tokenizer = pick_dtype(dtype, self.device), load_pretrained(name, AutoTokenizer)
+        self.device, self.batch_size, self.plain = checkpoints.pick_device(device), batch_size, plain
+        number_format = pick_dtype(dtype, self.device)
+        self.tokenizer = load_pretrained(name, AutoTokenizer)
         self.model = load_pretrained(name, AutoModelForCausalLM, dtype=number_format).to(self.device).eval()
         self.context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 10**9
         ends = self.model.generation_config.eos_token_id  # all that stays: a record names all settings
@@ -138,19 +140,19 @@ class ServerGenerator:
                     break
             except Exception as error:  # of the network, the protocol, or a body that is no chat completion
                 reason = f"no chat completion: {error!r}"
-        reason = files.one_line(reason.replace(self.key or "\0", "***"))
+        reason = one_line(reason.replace(self.key or "\0", "***"))
         raise ValueError(f"{self.url}: gave no reply after {attempt + 1} tries, {reason}")
 
 def read_queries(path: str | Path) -> dict[str, str]:
     """{id: query} of a BEIR queries file, of graded lists, or of a .txt with one query a line; also .gz.
     Without an id, line 7 is `q00007`. ValueError, with the line, for an empty query, or one or an id twice.
     """
-    lines = ((where, {"query": line}) for where, line in files.read_lines(path))
+    lines = ((where, {"query": line}) for where, line in read_lines(path))
     queries, seen = {}, {}
-    for where, row in lines if ".txt" in Path(path).suffixes[-2:] else files.read_jsonl(path):
-        query = " ".join(files.text_field(row, "query" if "query" in row else "text", where).split())
+    for where, row in lines if ".txt" in Path(path).suffixes[-2:] else read_jsonl(path):
+        query = " ".join(text_field(row, "query" if "query" in row else "text", where).split())
         name = "_id" if "_id" in row else "id"
-        key = files.text_field(row, name, where) if name in row else f"q{int(where.rpartition(':')[2]):05d}"
+        key = text_field(row, name, where) if name in row else f"q{int(where.rpartition(':')[2]):05d}"
         if key in queries or seen.setdefault(query.lower(), key) != key:
             raise ValueError(f"{where}: the id {key!r} or its query stands for an earlier query already")
         queries[key] = query
@@ -192,8 +194,8 @@ def generate(queries: Sequence[str] | Mapping[str, str], generator: Any, *, plan
     if large := [key for key in queries if lengths[key] + sampling.max_new_tokens > generator.context]:
         raise ValueError(f"query {large[0]!r}: does not fit into the model's {generator.context} tokens")
     order = dict.fromkeys(sorted(queries, key=lambda key: (-lengths[key], key))[shard[0] :: shard[1]])
-    out = None if out is None else files.checked_output(out, lambda line: True)
-    with files.locked(out) if out else nullcontext():
+    out = None if out is None else checked_output(out, lambda line: True)
+    with locked(out) if out else nullcontext():
         records, whole = read_records(out) if out else ([], 0)
         for record in records:
             same = settings | parameters | {"query": queries.get(record["id"], record["query"])}
@@ -224,7 +226,7 @@ def generate(queries: Sequence[str] | Mapping[str, str], generator: Any, *, plan
                             record |= {"passages": None, "error": str(error)}
                 new = {(key, attempt): made[key] for key in keys if (key, attempt) not in done}
                 if out:
-                    with open(out, "a", encoding="utf-8", newline="\n") if done else files.writing(out) as f:
+                    with open(out, "a", encoding="utf-8", newline="\n") if done else writing(out) as f:
                         f.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in new.values())
                 done |= new
     best = {r["id"]: r for r in sorted(done.values(), key=lambda r: r["passages"] is not None)}
@@ -236,7 +238,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", required=True, help="file to append records to; parts are joined with `cat`")
     parser.add_argument("--plan", choices=prompts.PLANS, default="by-level")
     parser.add_argument("--no-chat-template", action="store_true", help="send the prompt as plain text")
-    for name, default, note in (("queries", f"{files.AUTHORED}", "queries.jsonl, graded lists, .txt, or .gz"),
+    for name, default, note in (("queries", f"{AUTHORED}", "queries.jsonl, graded lists, .txt, or .gz"),
             ("model", "smollm2-135m", "built-in name, folder or hub id; or the server's name for it"),
             ("base-url", "", "an OpenAI-compatible server, e.g. http://127.0.0.1:8000/v1"),
             ("workers", 8, "requests at a time"), ("limit", 10**9, "only so many, drawn with the seed"),
@@ -254,16 +256,16 @@ def main(argv: list[str] | None = None) -> int:
         sampling = Sampling(a.max_new_tokens, a.temperature, a.top_p, a.top_k)
         keys = list(queries := read_queries(a.queries))
         random.Random(a.seed).shuffle(keys)
-        read_records(files.checked_output(a.out, lambda line: True))  # refused before a model is loaded
+        read_records(checked_output(a.out, lambda line: True))  # refused before a model is loaded
         generator = ServerGenerator(a.base_url, a.model, a.workers) if a.base_url else LocalGenerator(
             a.model, a.device, a.dtype, a.batch_size, a.no_chat_template)
         asked = {key: queries[key] for key in keys[: a.limit]}  # a larger limit contains a smaller one
         records = generate(asked, generator, plan=a.plan, seed=a.seed, retries=a.retries, sampling=sampling,
                            out=a.out, pool=list(queries.values()), progress=True, shard=shard)
-        failed = [files.one_line(f"; failed: {r['id']}: {r['error']}") for r in records if r["error"]]
+        failed = [one_line(f"; failed: {r['id']}: {r['error']}") for r in records if r["error"]]
         print(f"{a.out}: {len(records) - len(failed)} of {len(records)} have passages" + "".join(failed[:1]))
 
-    return files.ending(work)
+    return ending(work)
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -10,7 +10,7 @@ from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
 
-from repro.files import writing
+from repro.checkpoints import writing
 
 Qrels = Mapping[str, Mapping[str, int]]  # {query id: {passage id: grade 0, 1, 2, ...}}
 Run = Mapping[str, Mapping[str, float]]  # {query id: {passage id: score}}

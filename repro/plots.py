@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from repro.files import checked_output, ending
+from repro.checkpoints import checked_output, ending
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#000000", "#F0E442")
 HATCHES = ("", "///", "...", "\\\\\\", "xx", "--", "++", "oo")

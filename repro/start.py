@@ -18,8 +18,7 @@ from torch.nn.functional import normalize
 from transformers import AutoTokenizer
 
 from repro.checkpoints import cached, load_pretrained
-from repro.data import load_lists
-from repro.files import AUTHORED
+from repro.data import AUTHORED, load_lists
 from repro.losses import infonce
 
 CHECKPOINT, LAYERS, SEED = "smollm2-135m", 6, 0

@@ -35,10 +35,10 @@ from torch.optim import AdamW
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from repro.checkpoints import machine, pick_device, pick_dtype
-from repro.data import RECIPES, Batch, GradedList, collate, combine, load_lists, real_lists, recipe
+from repro import checkpoints
+from repro.checkpoints import check_new_folder, ending, locked, pick_dtype, same_run, write_json, writing
+from repro.data import AUTHORED, RECIPES, Batch, GradedList, collate, combine, load_lists, real_lists, recipe
 from repro.encoder import BiEncoder
-from repro.files import AUTHORED, check_new_folder, ending, locked, same_run, write_json, writing
 from repro.losses import LOSSES, expand_labels
 
 # (temperature, label temperature) for cosine scores: of each loss's best trial on the label-free start with
@@ -265,7 +265,7 @@ def train(config: TrainConfig, lists: Lists | None = None, progress: bool = True
     stopped.  Raises ValueError before anything is written if settings, lists or folder do not fit."""
     rank, ranks = rank_and_ranks()
     out = Path(os.path.abspath(Path(config.out).expanduser()))
-    work, device = out.with_name(f"{out.name}.partial"), pick_device(config.device)
+    work, device = out.with_name(f"{out.name}.partial"), checkpoints.pick_device(config.device)
     if not (finished := (out / "train.json").exists()):
         check_new_folder(out)
     lists = training_lists(config) if lists is None else lists
@@ -288,7 +288,7 @@ def train(config: TrainConfig, lists: Lists | None = None, progress: bool = True
         config, rows, minutes = train_encoder(encoder, lists, config, work, progress)
         chosen = {key: value for key, value in vars(config).items() if settings.get(key, value) != value}
         record |= {"chosen": chosen, "steps": len(rows), "minutes": minutes, "ranks": ranks}
-        record["machine"] = machine(device, pick_dtype(config.dtype, device))
+        record["machine"] = checkpoints.machine(device, pick_dtype(config.dtype, device))
         if rank == 0:
             shutil.rmtree(work / "model", ignore_errors=True)  # of a save that did not end
             encoder.save(work / "model")

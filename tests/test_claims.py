@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from repro.checkpoints import write_json
 from repro.experiment import claims, report
 from repro.experiment.claims import compare, judge, read_runs, write_runs
-from repro.files import write_json
 
 PLACE = {"commit": "c0ffee", "machine": {"device": "cpu", "processor": "x86_64"}, "dtype": "float32"}
 SIZES = {"cranfield": 30, "sample": 10, "scifact": 25, "wikiqa": 40}

@@ -10,7 +10,6 @@ import torch
 
 from repro import data
 from repro.data import GradedList, as_collection, collate, combine, load_beir, load_lists, real_lists, recipe
-from repro.files import as_grade, read_jsonl
 
 CACHED = Path(data.__file__).parents[1] / "cached_prompts"
 HEADER = "query-id\tcorpus-id\tscore\n"
@@ -80,9 +79,9 @@ def test_grades(tmp_path: Path) -> None:
     for grade in ("1.5", "- 1", "high", "nan", "1_0", "3.0", "+3", "٣", ""):
         folder = write(tmp_path, qrels=QRELS + f"q2\tp1\t{grade}\n")
         refused(r"test\.tsv:8: field 'score': expected a whole grade", load_beir, folder)
-    assert [as_grade(value, "x:1") for value in ("3", 3, 3.0, "0", 10**6)] == [3, 3, 3, 0, 10**6]
+    assert [data.as_grade(value, "x:1") for value in ("3", 3, 3.0, "0", 10**6)] == [3, 3, 3, 0, 10**6]
     for value in (True, None, 1.5, -1, float("nan"), float("inf"), [3], "³"):
-        refused("x:1: expected a whole grade", as_grade, value, "x:1")
+        refused("x:1: expected a whole grade", data.as_grade, value, "x:1")
 
 def test_bad_places_and_archives_are_named(tmp_path: Path) -> None:
     refused(r"expected a folder with qrels/dev\.tsv \(or \.gz\)", load_beir, write(tmp_path), "dev")
@@ -92,7 +91,7 @@ def test_bad_places_and_archives_are_named(tmp_path: Path) -> None:
     refused(r"mteb/scifact \(queries\.jsonl\): neither here nor from the hub", load_beir, "mteb/scifact")
     whole = gzip.compress(b'{"a": 1}\n' * 1000)
     for broken in (whole[:-20], whole[:30] + b"\0" + whole[31:], whole[:-8] + bytes(8), b"no gzip"):
-        rows = read_jsonl(lines(tmp_path / "broken.jsonl.gz", broken))
+        rows = data.read_jsonl(lines(tmp_path / "broken.jsonl.gz", broken))
         refused(r"broken\.jsonl\.gz: cannot be read after line \d+: .", list, rows)
 
 HUB = {"o/set": ["default", "corpus"], "o/apart": ["corpus"], "o/bare": ["default"], "o/bare/folder": []}
@@ -154,7 +153,7 @@ def test_the_released_layout(tmp_path: Path, capsys: pytest.CaptureFixture) -> N
     assert load_lists([own], queries_from=msmarco)[0].query == "own"
 
 def test_what_ships_without_its_third_party_text(tmp_path: Path) -> None:
-    rows = [row for _, row in read_jsonl(CACHED / "wikiqa-graded.jsonl")]
+    rows = [row for _, row in data.read_jsonl(CACHED / "wikiqa-graded.jsonl")]
     assert {tuple(row) for row in rows} == {("id", "prompt_version", "generator", "passages")}
     write(tmp_path, queries=[{"_id": row["id"], "text": f"question {row['id']}"} for row in rows])
     lists = load_lists([CACHED / "wikiqa-graded.jsonl"], queries_from=tmp_path)

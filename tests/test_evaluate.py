@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from repro import evaluate, metrics
+from repro.checkpoints import locked
 from repro.encoder import BiEncoder
 from repro.evaluate import bm25_run, evaluate_model, retrieve, search
-from repro.files import locked
 
 CORPUS = {"p1": "one", "p2": "two", "p3": "three", "p4": "four", "p5": "five"}
 QUERIES = {"q1": "ask one", "q2": "ask two", "q3": "never judged"}

@@ -18,12 +18,12 @@ import torch
 from conftest import graded_lists, write_lists
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from repro import files, prompts
+from repro import checkpoints, data, prompts
 from repro import generate as module
 from repro.data import load_lists
 from repro.generate import FIELDS, LocalGenerator, Sampling, ServerGenerator, generate, main, read_queries
 
-CACHES = [files.AUTHORED, files.AUTHORED.with_name("smollm2-135m.jsonl")]
+CACHES = [data.AUTHORED, data.AUTHORED.with_name("smollm2-135m.jsonl")]
 FINE = json.dumps({str(level): f"text {level}" for level in (3, 2, 1, 0)})
 QUERIES, ASKED = {item.id: item.query for item in graded_lists(24)}, []
 
@@ -140,7 +140,7 @@ def test_what_the_command_refuses(command, tiny_llama, tmp_path, monkeypatch, ca
         options, reason = re.sub("[A-Z]{3,}", lambda name: str(tmp_path / name[0]), line).split(" | ")
         assert re.search(reason, refused(capsys, *command, *options.split())), line
     assert main([*command, "--model", plain, "--no-chat-template", "--out", f"{tmp_path}/plain"]) == 0
-    with files.locked(out):
+    with checkpoints.locked(out):
         assert "another process is writing" in refused(capsys, *command)
     monkeypatch.setattr(LocalGenerator, "reply", Mock(side_effect=KeyboardInterrupt))
     assert main([*command, "--retries", "1"]) == 130 and "goes on from here" in capsys.readouterr().err

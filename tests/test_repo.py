@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # A module may import only what stands before it; nothing flat imports the experiment.
-ORDER = "files checkpoints prompts generate data losses start encoder train metrics evaluate plots".split()
+ORDER = "checkpoints prompts data generate losses start encoder train metrics evaluate plots".split()
 WING = "arms claims run report".split()
 MODULES = [f"{name}.py" for name in ORDER] + [f"experiment/{name}.py" for name in WING]
 TOP = {"reproduce.ipynb", "repro", "requirements.txt", "cached_prompts", "tests", "README.md", "LICENSE"}

@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from repro.data import GradedList, combine, load_lists, real_lists, recipe, split_lists
-from repro.files import AUTHORED
+from repro.data import AUTHORED, GradedList, combine, load_lists, real_lists, recipe, split_lists
 
 BATCH, SPLIT_SEED = 16, 0
 HELD_OUT, QUESTIONS = 0.1, 150  # share of the authored lists, and WikiQA train questions, for development

@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from repro.files import read_jsonl, read_lines, writing
+from repro.checkpoints import writing
+from repro.data import read_jsonl, read_lines
 
 RESULTS = Path(__file__).parent / "results"
 CLAIMS = (("C1", "1-D W", "InfoNCE"), ("C2", "1-D W", "start"), ("C3", "1-D W", "InfoNCE, real"),

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 
+from repro.checkpoints import ending, one_line, writing
 from repro.experiment import claims
 from repro.experiment.arms import ABLATIONS, MAIN, STARTS
 from repro.experiment.claims import CLAIMS, NO_VOTE, Run
-from repro.files import ending, one_line, writing
 from repro.metrics import MEASURES
 
 README, TITLE = Path(__file__).parents[2] / "README.md", "# Results, by `python -m repro.experiment.report`"

