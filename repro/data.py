@@ -3,6 +3,7 @@ The first bad row is a ValueError naming file, line and field; what is left out 
 """
 
 import gzip
+import hashlib
 import json
 import random
 import re
@@ -177,6 +178,9 @@ def _from_file(path: Path, texts: Texts) -> Lists:
         if "id" in row and row.setdefault("query", texts.get(key)) is None:
             raise ValueError(f"{where}: no 'query': bring the collection with query {key!r} (--queries)")
         query, passages = text_field(row, "query", where).strip(), row.get("passages", "")
+        plain = " ".join(query.casefold().split()).encode()
+        if row.get("query_sha256") not in (None, hashlib.sha256(plain).hexdigest()):
+            raise ValueError(f"{where}: field 'query_sha256': {key!r} is another query in the collection")
         if seen.setdefault(key, (query, where))[0] != query:
             raise ValueError(f"{where}: field 'id': {key!r} has another query at {seen[key][1]}")
         if passages is not None:
@@ -202,7 +206,7 @@ def load_lists(paths: Iterable[Place], queries_from: Place | None = None, split:
     A file (.jsonl, .jsonl.gz) has lines {"query", "passages": {"3": ..., "0": ...}}, maybe with `id`; null
     passages are counted on stderr, a later good record replaces an earlier.  A collection gives its judged
     passages.  Texts of queries that are missing come from the collection `queries_from` (`mteb/msmarco` for
-    the released ones).  ValueError for a bad row or a path without lists."""
+    the released ones), checked by `query_sha256` if a line has it.  ValueError for a bad row or no lists."""
     names = [str(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
     files = {n: f for n in names if (f := Path(n).expanduser()).is_file() or n.endswith((".jsonl", ".gz"))}
     texts = _texts(str(queries_from), "queries") if queries_from and files else {}

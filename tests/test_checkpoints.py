@@ -211,8 +211,7 @@ def test_registry_delivers_the_pinned_wheels(name: str, tmp_path: Path) -> None:
 
 def test_a_second_process_finds_the_lock(tmp_path: Path) -> None:
     code = f"from repro.checkpoints import locked\nwith locked({str(tmp_path / 'out')!r}): print('got it')"
-    run = [sys.executable, "-c", code]
-    root = Path(checkpoints.__file__).parents[1]
+    run = {"args": [sys.executable, "-c", code], "cwd": Path(checkpoints.__file__).parents[1], "text": True}
     with locked(tmp_path / "out"):
-        assert "another process" in subprocess.run(run, capture_output=True, text=True, cwd=root).stderr
-    assert "got it" in subprocess.run(run, capture_output=True, text=True, cwd=root).stdout
+        assert "another process" in subprocess.run(**run, capture_output=True).stderr
+    assert "got it" in subprocess.run(**run, capture_output=True).stdout

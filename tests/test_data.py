@@ -1,6 +1,7 @@
 """Collections, graded lists and their recipes; every bad row is named."""
 
 import gzip
+import hashlib
 import json
 from pathlib import Path
 
@@ -154,11 +155,13 @@ def test_the_released_layout(tmp_path: Path, capsys: pytest.CaptureFixture) -> N
 
 def test_what_ships_without_its_third_party_text(tmp_path: Path) -> None:
     rows = [row for _, row in data.read_jsonl(CACHED / "wikiqa-graded.jsonl")]
-    assert {tuple(row) for row in rows} == {("id", "prompt_version", "generator", "passages")}
-    write(tmp_path, queries=[{"_id": row["id"], "text": f"question {row['id']}"} for row in rows])
-    lists = load_lists([CACHED / "wikiqa-graded.jsonl"], queries_from=tmp_path)
-    assert len(lists) == 360 and all(item.grades == [3, 2, 1, 0] and all(item.passages) for item in lists)
-    assert lists[7].query == "question train-7" and lists[7].passages == list(rows[7]["passages"].values())
+    fields = ("id", "query_sha256", "prompt_version", "generator", "passages")
+    assert {(*row, *row["passages"]) for row in rows} == {(*fields, *"3210")} and len(rows) == 360
+    write(tmp_path, queries=[{"_id": row["id"], "text": f"Question {row['id']}"} for row in rows])
+    refused("'train-0' is another query", load_lists, [CACHED / "wikiqa-graded.jsonl"], tmp_path)
+    mine = [rows[7] | {"query_sha256": hashlib.sha256(b"question train-7").hexdigest()}]
+    [item] = load_lists([lines(tmp_path / "mine.jsonl", mine)], tmp_path)
+    assert item.query == "Question train-7" and item.passages == list(rows[7]["passages"].values())
     ids = [int(line) for line in gzip.decompress((CACHED / "dl19-pool.ids.gz").read_bytes()).split()]
     assert ids == sorted(set(ids)) and len(ids) == 22_917 and ids[-1] < 8_841_823  # MS MARCO's passages
 
