@@ -114,6 +114,8 @@ def evaluate_model(model: Any, corpus: Texts, queries: Texts, qrels: metrics.Qre
     if not 1 <= top_k <= len(corpus):
         raise ValueError(f"top-k is {top_k}, expected 1 to {len(corpus)}, the number of passages")
     metrics.evaluate({}, {}, measures)  # refuses an unknown measure
+    if short := [m for m in measures if int(m.partition("@")[2]) > top_k < len(corpus)]:
+        print(f"{', '.join(short)}: only the best {top_k} passages of a query count", file=sys.stderr)
     if batch_size < 1:
         raise ValueError(f"batch-size is {batch_size}, expected at least 1")
     if not qrels or (unknown := sorted(qrels.keys() - queries.keys())):
@@ -152,10 +154,11 @@ def _command(model: str, data: str, split: str, out: Path | None, run: Path | No
     run = run and checked_output(run, re.compile(rf"\S+ Q0 \S+ \d+ \S+ {own}\s*$").match)
     if out and run and out.resolve() == run.resolve() and (out.is_file() or not out.exists()):
         raise ValueError(f"{out}: --out and --run name the same file")
+    collection = load_beir(data, split=split)
     with ExitStack() as stack:
         for path in (p for p in (out, run) if p and (p.is_file() or not p.exists())):  # no device
             stack.enter_context(locked(path))
-        record = evaluate_model(model, *load_beir(data, split=split), run_file=run, progress=True, **options)
+        record = evaluate_model(model, *collection, run_file=run, progress=True, **options)
         record = {"collection": _plain_name(data), "split": split, **record}
         if out:
             fields = (f'"{key}": {json.dumps(value, ensure_ascii=False)}' for key, value in record.items())

@@ -50,7 +50,8 @@ CHOICES["recipe"] = (*RECIPES, "real")
 RANGES = (
     ("epochs steps batch_size accumulate chunk checkpoint_every", 1, math.inf, "of 1 or more"),
     ("lr temperature label_temperature clip", 5e-324, math.inf, "above 0"),
-    ("seed weight_decay freeze", 0, math.inf, "of 0 or more"), ("warmup average", 0, 1, "from 0 to 1"))
+    ("seed", 0, 2**31, "from 0 to 2^31"),  # times steps and ranks, it seeds dropout
+    ("weight_decay freeze", 0, math.inf, "of 0 or more"), ("warmup average", 0, 1, "from 0 to 1"))
 Lists = Sequence[GradedList]
 Row = dict[str, float]
 

@@ -132,11 +132,11 @@ def test_the_record_of_the_command(loaded, tmp_path, capsys):
     assert record["metrics"] == metrics.mean(record["per_query"])
     assert Path("r").read_text().splitlines()[0] == "q1 Q0 p1 1 3.0 tiny"
     assert "5 passages, 2 queries, 3 judgments" in capsys.readouterr().out
-    assert evaluate.main([*command[:-1], "/dev/null", "--out", "/dev/null"]) == 0
+    assert evaluate.main([*command[:-1], "/dev/null", "--out", "/dev/null", "--top-k", "4"]) == 0
     assert evaluate.main(["--model", "bm25", "--run", "r"]) == 2  # another model's
     with locked("new/r.json"):  # another process is writing it
         assert evaluate.main([*command, "--out", str(out)]) == 2
-    assert Path("/dev/null").is_char_device()
+    assert Path("/dev/null").is_char_device() and "recall@100: only the best 4" in capsys.readouterr().err
 
 @pytest.mark.parametrize(("options", "message"), [
     ("--top-k 6", "top-k is 6, expected 1 to 5"), ("--top-k 0", "top-k is 0"),

@@ -143,7 +143,7 @@ def test_finished_and_foreign_folders(
 BAD = "--lr 0|--lr inf|--lr nan|--epochs 0|--steps 0|--steps -5|--temperature 0|--label-temperature -1"
 BAD += "|--batch-size 0|--clip -1|--warmup nan|--warmup 2|--average 1.5|--checkpoint-every 0|--chunk 0"
 BAD += "|--accumulate 0|--freeze -1|--dtype int32|--order 3|--axis line|--loss hinge|--target none|--seed -1"
-BAD += "|--recipe mixed|--recipe real|--model no-such-model|--lists missing.jsonl|--device abacus"
+BAD += "|--seed 9999999999|--recipe mixed|--recipe real|--model no-such-model|--lists gone.jsonl|--device x"
 
 @pytest.mark.parametrize("options", BAD.split("|"))
 def test_bad_settings_are_one_sentence_before_any_work(
