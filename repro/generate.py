@@ -170,6 +170,26 @@ def read_records(path: Path) -> tuple[list[Record], int]:
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"{path}: expected records of this command alone; name another --out") from error
 
+def _check_same(record: Record, settings: dict[str, Any], where: str) -> None:
+    there = record | record["parameters"] | {"parameters": settings["parameters"]}
+    if wrong := [name for name in settings if there.get(name) != settings[name]]:
+        change = f"{wrong[0]} {there.get(wrong[0])!r}, this run has {settings[wrong[0]]!r}"
+        raise ValueError(f"{where}: was written with {change}")
+
+def _ask(generator: Any, batch: list[Record], plan: str, sampling: Sampling) -> None:
+    """Fill in reply, passages and error of a batch.  After a reply that cannot be read a query is left."""
+    for asked in prompts.calls(plan):
+        going = [record for record in batch if not record["error"]]
+        jobs = [(prompts.messages(plan, asked, record["query"], record["parameters"]["drawn"]),
+                 f"{record['seed']}|{record['id']}|{record['attempt']}|{asked}") for record in going]
+        for record, text in zip(going, jobs and generator.reply(jobs, sampling), strict=True):
+            record["reply"] = text if plan == "all-levels" else [*record["reply"], text]
+            try:
+                found = prompts.read_reply(plan, asked, text)
+                record["passages"] |= {str(level): found[level] for level in asked}
+            except prompts.ReplyError as error:
+                record |= {"passages": None, "error": str(error)}
+
 def generate(queries: Sequence[str] | Mapping[str, str], generator: Any, *, plan: str = "by-level",
              seed: int = 0, retries: int = 0, sampling: Sampling = Sampling(), out: Path | str | None = None,
              pool: Sequence[str] = (), shard: tuple[int, int] = (0, 1), progress: bool = False) -> list[dict]:
@@ -198,11 +218,8 @@ def generate(queries: Sequence[str] | Mapping[str, str], generator: Any, *, plan
     with locked(out) if out else nullcontext():
         records, whole = read_records(out) if out else ([], 0)
         for record in records:
-            same = settings | parameters | {"query": queries.get(record["id"], record["query"])}
-            old = record | record["parameters"] | {"parameters": parameters}
-            if wrong := [name for name in same if old.get(name) != same[name]]:
-                change = f"{wrong[0]} {old.get(wrong[0])!r}, this run has {same[wrong[0]]!r}"
-                raise ValueError(f"{out}: was written with {change} (record {record['id']!r})")
+            query = queries.get(record["id"], record["query"])
+            _check_same(record, {**settings, **parameters, "query": query}, f"{out}, record {record['id']!r}")
         if out and out.exists():
             os.truncate(out, whole)  # a record that a kill tore is made again
         done = {(record["id"], record["attempt"]): record for record in records}
@@ -213,17 +230,7 @@ def generate(queries: Sequence[str] | Mapping[str, str], generator: Any, *, plan
             for keys in tqdm(parts, f"attempt {attempt}", unit="batch", disable=not progress, delay=1.0):
                 made = {key: {"id": key, "query": queries[key], **settings, "parameters": own[key],
                               "attempt": attempt, "reply": [], "passages": {}, "error": None} for key in keys}
-                for asked in calls:  # a query with a reply that cannot be read is asked no further
-                    going = [record for record in made.values() if not record["error"]]
-                    jobs = [(prompts.messages(plan, asked, record["query"], record["parameters"]["drawn"]),
-                             f"{seed}|{record['id']}|{attempt}|{asked}") for record in going]
-                    for record, text in zip(going, jobs and generator.reply(jobs, sampling), strict=True):
-                        record["reply"] = text if plan == "all-levels" else [*record["reply"], text]
-                        try:
-                            found = prompts.read_reply(plan, asked, text)
-                            record["passages"] |= {str(level): found[level] for level in asked}
-                        except prompts.ReplyError as error:
-                            record |= {"passages": None, "error": str(error)}
+                _ask(generator, list(made.values()), plan, sampling)
                 new = {(key, attempt): made[key] for key in keys if (key, attempt) not in done}
                 if out:
                     with open(out, "a", encoding="utf-8", newline="\n") if done else writing(out) as f:

@@ -19,12 +19,10 @@ HATCHES = ("", "///", "...", "\\\\\\", "xx", "--", "++", "oo")
 MARKERS, LINES = ("o", "s", "^", "D", "v", "P", "X", "*"), ("-", "--", "-.", ":")
 PLACES = {"InfoNCE": 0, "KL": 1, "1-D W": 2, "Gaussian W2": 3}  # a loss looks the same in all figures
 
-
 def panels(count: int, width: float = 9.0, height: float = 3.3) -> tuple[Figure, list[Axes]]:
     """A figure with `count` panels side by side, sizes in inches."""
     figure, axes = plt.subplots(1, count, figsize=(width, height), layout="constrained", squeeze=False)
     return figure, list(axes[0])
-
 
 def label(axis: Axes, title: str, x: str, y: str, legend: bool = True) -> None:
     """Title, axis labels (with their unit) and a legend."""
@@ -32,7 +30,6 @@ def label(axis: Axes, title: str, x: str, y: str, legend: bool = True) -> None:
     axis.spines[["top", "right"]].set_visible(False)
     if legend:
         axis.legend(frameon=False, fontsize="small")
-
 
 def bars(axis: Axes, series: Mapping[str, Sequence[float]], groups: Sequence[str], stacked=False) -> None:
     """Bars side by side, or stacked: {name: one value a group}."""
@@ -44,7 +41,6 @@ def bars(axis: Axes, series: Mapping[str, Sequence[float]], groups: Sequence[str
         below = below + values
     axis.set_xticks(range(len(groups)), groups)
     axis.axhline(0, color="black", linewidth=0.8)
-
 
 def masses(axes: Sequence[Axes], p: Sequence[float], t: Sequence[float], grades: Sequence[float]) -> None:
     """P and T as stems on the line of grades; their cumulative curves, the area between them shaded."""
@@ -67,7 +63,6 @@ def masses(axes: Sequence[Axes], p: Sequence[float], t: Sequence[float], grades:
     label(axes[1], title, "grade of the passage", "mass up to this grade (0 to 1)")
     plt.setp(axes, xticks=x, ylim=(0, 1.05))
 
-
 def lines(axis: Axes, curves: Mapping[str, Mapping[float, Sequence[float]]], shift: float = 0.0) -> None:
     """Lines {name: {x: values}} of means, with bars of one standard deviation, each `shift` further right."""
     for n, (name, points) in enumerate(curves.items()):
@@ -75,7 +70,6 @@ def lines(axis: Axes, curves: Mapping[str, Mapping[float, Sequence[float]]], shi
         bars = [np.std(v, ddof=1) if len(v) > 1 else np.nan for v in values]
         style = {"color": COLOURS[look], "marker": MARKERS[look], "linestyle": LINES[look % 4], "capsize": 3}
         axis.errorbar(x, [np.mean(v) for v in values], bars, label=name, markersize=5, elinewidth=1, **style)
-
 
 def forest(axis: Axes, rows: Mapping[str, Mapping[str, tuple[float, float, float]]]) -> None:
     """Differences with intervals, {row: {series: (difference, low, high)}}, the first row on top."""
@@ -88,13 +82,11 @@ def forest(axis: Axes, rows: Mapping[str, Mapping[str, tuple[float, float, float
     axis.set(yticks=range(len(rows)), yticklabels=list(rows), ylim=(len(rows) - 0.5, -0.5))
     axis.axvline(0, color="black", linewidth=0.8)
 
-
 def main(path: str) -> None:
     """Write README's picture.  ValueError if another file than a PNG is there."""
     figure, axes = panels(2)
     masses(axes, [0.40, 0.25, 0.15, 0.20], [0.03, 0.09, 0.24, 0.64], range(4))
     figure.savefig(checked_output(path, lambda line: "PNG" in line), dpi=130, metadata={"Software": None})
-
 
 if __name__ == "__main__":
     sys.exit(ending(lambda: main("".join(sys.argv[1:2]))))
