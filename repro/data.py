@@ -1,4 +1,4 @@
-"""Collections and graded lists in, batches out; recipes shape lists into what a method is told.
+"""Collections and graded lists in, batches out; recipes shape lists into what a method trains on.
 The first bad row is a ValueError naming file, line and field; what is left out is counted on stderr.
 """
 

@@ -76,8 +76,8 @@ class Study:
         config = TrainConfig(loss=arm.loss, seed=seed, dtype=self.place["dtype"], **{**values, **arm.fixed})
         config, rows, minutes = train_encoder(encoder, lists, config)
         keys = ("loss", "steps", "batch_size", "lr", "temperature", "average", "ignore_between", *arm.space)
-        told = {"lists": arm.lists, "queries": len(lists), "last_loss": round(rows[-1]["loss"], 6)}
-        return encoder, {key: getattr(config, key) for key in keys} | told, round(minutes, 3)
+        used = {"lists": arm.lists, "queries": len(lists), "last_loss": round(rows[-1]["loss"], 6)}
+        return encoder, {key: getattr(config, key) for key in keys} | used, round(minutes, 3)
 
     @torch.no_grad()
     def scorer(self, encoder: BiEncoder, share: float = 1.0) -> BiEncoder:
