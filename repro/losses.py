@@ -108,7 +108,8 @@ def wasserstein_gaussian(scores: Tensor, labels: Tensor, temperature: float = 1.
         sigma = (rows.square().sum(dim=1) + 1e-15).sqrt()  # (B,)
         loss = shift.square().sum() + (a.square().sum() + c.square().sum()) / samples - 2 * sigma.sum()
         polar = v @ (rows / sigma[:, None])  # (B, B), the derivative of sigma.sum() by m
-        slope = 2 * shift / len(p) + 2 * (a - polar @ c) / samples  # (B, N), the derivative of the loss by P
+        slope = torch.addmm(a, polar, c, alpha=-1) * (2 / samples)  # (B, N), the derivative of the loss by P
+        slope += 2 / len(p) * shift
     return (loss + (slope * (p - p.detach())).sum()).to(x.dtype).to(x.device)
 
 LOSSES = {loss.__name__: loss for loss in (infonce, kl, wasserstein_1d, wasserstein_gaussian)}
@@ -123,7 +124,9 @@ def _logits(scores: Tensor, labels: Tensor, temperature: float, label_temperatur
         if not 0 < value < math.inf:
             raise ValueError(f"{name}: expected a positive finite number, got {value!r}")
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))  # bfloat16 loses the small targets
-    x, z, grades = scores / temperature, labels.to(scores.dtype) / label_temperature, labels.to(scores.dtype)
+    grades = labels.to(scores.dtype)
+    x = scores if temperature == 1 else scores / temperature  # (B, N)
+    z = grades if label_temperature == 1 else grades / label_temperature  # (B, N)
     nothing = torch.finfo(x.dtype).min  # exp gives exactly 0, and unlike -inf it leaves logarithms finite
     for name, given in (("mask", mask), ("target_mask", target_mask)):
         if given is not None:
