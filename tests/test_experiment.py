@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -59,17 +60,27 @@ def test_bad_input_is_refused_before_any_run(wikiqa: str, monkeypatch, capsys) -
     with pytest.raises(SystemExit):
         run.main(["--wikiqa", wikiqa, "--arm", "1-D V"])
 
-def test_what_is_recorded_is_not_repeated(wikiqa: str, tmp_path: Path, tiny_bert: Path, monkeypatch) -> None:
-    done, name = [], tiny_bert.name
-    monkeypatch.setitem(arms.STARTS, name, arms.Start(2, 2, 2, (1e-5, 1e-4), (0.1,), freeze=0))
+def test_runs_are_recorded_once(wikiqa: str, tmp_path: Path, tiny_bert: Path, monkeypatch, capsys) -> None:
+    done, name, fit = [], tiny_bert.name, run.train_encoder
+    monkeypatch.setitem(arms.STARTS, name, arms.Start(30, 2, 2, (1e-2, 1e-5), (0.5,), freeze=0))
     monkeypatch.setattr(run, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(run, "train_encoder", lambda *x: (done.append(x) or x[2], [{"loss": 0.5}], 0.1))
+    monkeypatch.setattr(run, "train_encoder", lambda encoder, lists, config: done.append(
+        (config, sum(p.sum().item() for p in encoder.parameters()))) or fit(encoder, lists, config))
     monkeypatch.chdir(tiny_bert.parent)
-    command = ["--wikiqa", wikiqa, "--data", wikiqa, "--start", name, "--group", "main", "--arm", "1-D W"]
-    assert [(run.main([*command, "--dtype", "float32"]), len(done)) for _ in "ab"] == [(0, 4)] * 2
-    found, trials = claims.read_runs(run.RESULTS), claims.read_tuning(run.RESULTS)[name]["1-D W"]["trials"]
-    assert [(x["seed"], *x["collections"]) for x in found] == [(0, "wikiqa"), (1, "wikiqa")]
-    assert len(trials) == 2 * len(arms.AVERAGES)
+    command = ["--wikiqa", wikiqa, "--start", name, "--arm", "1-D W", "--dtype", "float32", "--data", wikiqa]
+    counts = [(run.main([*command, *more]), len(done)) for more in ((), (), ("sample",))]
+    found, table = claims.read_runs(run.RESULTS), claims.read_tuning(run.RESULTS)[name]["1-D W"]
+    assert counts == [(0, 4), (0, 4), (0, 6)] and [run["seed"] for run in found] == [0, 1, None]
+    assert all({*r["collections"]} == {"sample", "wikiqa"} for r in found)
+    assert len({str(r["per_query"]) for r in found}) == 3  # two seeds and the start are three models
+    best, *_, worst = sorted(table["trials"], key=lambda trial: -trial["ndcg@10"])
+    assert best["ndcg@10"] > worst["ndcg@10"] and table["best"].items() <= best.items()
+    assert len(table["trials"]) == 2 * len(arms.AVERAGES) and len({begun for _, begun in done}) == 1
+    assert [config.seed for config, _ in done] == [0, 0, 0, 1, 0, 1]
+    assert all(table["best"].items() <= vars(config).items() for config, _ in done[2:])
+    third = shutil.copytree(wikiqa, tmp_path / "third")
+    assert run.main([*command[:-3], "bfloat16", "--data", str(third)]) == 2 and len(done) == 6
+    assert "has dtype 'float32', this run 'bfloat16'" in capsys.readouterr().err
 
 def test_the_lines_that_build_dl19_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

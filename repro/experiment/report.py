@@ -36,11 +36,12 @@ for source, part in (("collection", "corpus"), ("msmarco-test2019-queries", "que
 with open("dl19-pool/qrels/test.tsv", "w") as f:
     for row in ("query-id Q0 corpus-id score", *open("2019qrels-pass.txt")):
         f.write("{0}\t{2}\t{3}\n".format(*row.split()))"""
-HOW = f"""Two commands make every row, from nothing (start it once a core with OMP_NUM_THREADS=1; a stopped
-one goes on) and from the records. The names are BEIR folders; wikiqa has the ids of wikiqa-graded.jsonl. The
-lines behind build dl19-pool in the kit's folder from files of MS MARCO and NIST (ids: `cached_prompts/`).
+HOW = f"""Two commands make every row, from nothing (start one for each core with OMP_NUM_THREADS=1; a stopped
+one goes on) and from the records; `--start base --data sample` adds that column. The names are BEIR folders;
+wikiqa has the ids of wikiqa-graded.jsonl. The lines after them build dl19-pool in the kit's folder from files
+of MS MARCO and NIST (ids: `cached_prompts/`).
 ```
-python -m repro.experiment.run --wikiqa wikiqa --data sample dl19-pool wikiqa scifact cranfield
+python -m repro.experiment.run --wikiqa wikiqa --data dl19-pool wikiqa scifact cranfield
 python -m repro.experiment.report
 ```
 ```python
@@ -127,9 +128,10 @@ def report(runs: Sequence[Run], tuning: dict[str, dict]) -> str:
     rows = [(name, scored[name]["passages"], scored[name]["queries"]) for name in _order(scored)]
     parts = [TITLE, RULE, HOW, _table(("collection", "passages", "queries"), rows)]
     for start in (start for start in STARTS if any(run["start"] == start for run in runs)):
-        code = sorted({str(run["trained"]["commit"]) for run in runs if run["start"] == start})
-        parts += [f"## From `{start}`", f"Trained by the code of {', '.join(code)}. The claims:"]
-        parts += [claims_table(runs, start), "Other comparisons:", claims_table(runs, start, SECONDARY)]
+        code = ", ".join(sorted({str(run["trained"]["commit"]) for run in runs if run["start"] == start}))
+        parts += [f"## From `{start}`", f"Trained by {code} (+: with uncommitted changes). The claims:"]
+        parts += [claims_table(runs, start), "Secondary, p not corrected, no verdict:"]
+        parts += [claims_table(runs, start, SECONDARY)]
         for group, measure in [("main", each) for each in MEASURES] + [(one, "ndcg@10") for one in ABLATIONS]:
             if any((run["start"], run["group"]) == (start, group) for run in runs):
                 parts += [f"{group}, {measure}, from `{start}`:", means_table(runs, start, group, measure)]

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from repro.checkpoints import cache_dir, ending, machine, pick_device, pick_dtype, write_json
+from repro.checkpoints import ending, machine, pick_device, pick_dtype, write_json
 from repro.data import as_collection, load_beir
 from repro.encoder import BiEncoder
 from repro.evaluate import evaluate_model
@@ -42,7 +42,7 @@ class Study:
         git = "git describe --always --abbrev=12 --dirty=+ --exclude='*'"  # in a shell: there may be no git
         done = subprocess.run(git, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
         self.place = {"commit": done.stdout.strip() or None, "machine": machine(args.device), "dtype": dtype}
-        self.records = FileLock(cache_dir() / "experiment.lock")  # waits; the locks of runs do not
+        self.records = FileLock(RESULTS / "records.lock")  # waits; the locks of runs do not
 
     @cached_property
     def encoder(self) -> BiEncoder:
@@ -85,7 +85,8 @@ class Study:
         encoder = copy.deepcopy(encoder)
         for now, then in zip(encoder.parameters(), self.encoder.parameters(), strict=True):
             now.copy_(torch.lerp(then, now, share))
-        encoder.model.to(pick_dtype(self.place["dtype"]))
+        if not encoder.frozen_whole:  # whose kept vectors are float32
+            encoder.model.to(pick_dtype(self.place["dtype"]))
         return encoder
 
     def development_ndcg(self, encoder: BiEncoder) -> float:
@@ -95,7 +96,7 @@ class Study:
 
     def tuned(self, arm: Arm) -> dict[str, Any]:
         """The arm's best settings on the development queries; trials that are recorded are not repeated."""
-        with FileLock(cache_dir() / f".tune-{self.name}-{arm.name}.lock", timeout=0):
+        with FileLock(RESULTS / f".tune-{self.name}-{arm.name}.lock", timeout=0):
             for settings in draws(self.name, arm):
                 trials = read_tuning(RESULTS).get(self.name, {}).get(arm.name, {}).get("trials", [])
                 if any(settings.items() <= trial.items() for trial in trials):
@@ -113,15 +114,22 @@ class Study:
                     write_json(RESULTS / "tuning.json", table)
         return read_tuning(RESULTS)[self.name][arm.name]["best"]
 
+    def same(self, run: dict[str, Any], setting: str, then: Any, now: Any) -> None:
+        """ValueError if a record that gets a new collection was made in another way."""
+        if then != now:
+            where = f"the record of {run['arm']}, seed {run['seed']}, from {self.name}"
+            raise ValueError(f"{where} has {setting} {then!r}, this run {now!r}; delete its line to repeat")
+
     def record(self, group: str, arm: Arm | str, seed: int | None) -> None:
         """Make one run, or add the collections that its record lacks.  Timeout: another process is at it."""
         name = arm if isinstance(arm, str) else arm.name
         key = {"start": None if name in REFERENCES else self.name, "arm": name, "seed": seed}
-        with FileLock(cache_dir() / f".run-{key['start']}-{name}-{seed}.lock", timeout=0):
+        with FileLock(RESULTS / f".run-{key['start']}-{name}-{seed}.lock", timeout=0):
             run = next((r for r in read_runs(RESULTS) if key.items() <= r.items()), key | {"collections": {}})
             if not (missing := self.collections.keys() - run["collections"].keys()):
                 return
-            settings, development, minutes = {}, None, 0.0
+            settings, development, minutes, then = {}, None, 0.0, run.get("settings", {})
+            self.same(run, "dtype", run.get("trained", self.place)["dtype"], self.place["dtype"])
             if isinstance(arm, str):
                 model = REFERENCES.get(name) or self.scorer(self.encoder)
             else:
@@ -129,6 +137,8 @@ class Study:
                 if arm.parent and arm.lists == arm.parent.lists and (
                         arm.fixed.items() <= {**same, **best, **arm.parent.fixed}.items()):
                     return  # its main arm over again in all settings: stored once, under that name
+                for setting, value in {**best, **arm.fixed}.items():
+                    self.same(run, setting, then.get(setting, value), value)
                 encoder, settings, minutes = self.trained(arm, best, seed)
                 model = self.scorer(encoder)
                 development = self.development_ndcg(model)
