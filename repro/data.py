@@ -245,7 +245,7 @@ def real_lists(path_or_hub_id: Place, negatives: Place | None = None, seed: int 
     as `trove` documents them: {"qid": "1", "docid": ["7", ...]}.  With one other k = 2; with none, or without
     a positive, a query is left out and counted on stderr."""
     place, file = str(path_or_hub_id), Path(negatives or "")
-    mined = _rows(str(file.parent), file.name.partition(".jsonl")[0]) if negatives else None
+    mined = _rows(file.parent.as_posix(), file.name.partition(".jsonl")[0]) if negatives else None
     corpus, queries, qrels = load_beir(place, split)
     lists: dict[str, GradedList] = {}
     for where, row in mined or [(place, {"qid": q, "docid": list(judged)}) for q, judged in qrels.items()]:

@@ -127,6 +127,8 @@ class BiEncoder(nn.Module):
     @torch.no_grad()
     def _means(self, texts: Texts, kind: str, batch_size: int, progress: bool) -> Tensor:
         """(n, hidden) on the CPU; longest first, so that a batch that is too large fails at once."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size: expected 1 or more, got {batch_size}")
         ids = self.tokenise(texts, kind)
         order = sorted(range(len(ids)), key=lambda row: -len(ids[row]))
         vectors = torch.empty(len(ids), self.model.config.hidden_size)
@@ -216,11 +218,10 @@ class BiEncoder(nn.Module):
         dense = {"in_features": width, "activation_function": "torch.nn.modules.linear.Identity"}
         modules: list[tuple[str, dict[str, Any], dict[str, Tensor]]] = [("Transformer", {}, {})]
         if self.token_weights is not None:
-            words = self.tokenizer.convert_ids_to_tokens(list(range(len(self.token_weights))))
-            words = [word or "" for word in words]
-            by_word = dict(zip(words, self.token_weights.tolist(), strict=True))
-            config = {"vocab": words, "word_weights": by_word, "unknown_word_weight": 1}
-            modules.append(("WordWeights", config, {}))
+            weights = self.token_weights.tolist()
+            words = [word or "" for word in self.tokenizer.convert_ids_to_tokens([*range(len(weights))])]
+            config = {"vocab": words, "word_weights": dict(zip(words, weights, strict=True))}
+            modules.append(("WordWeights", {**config, "unknown_word_weight": 1}, {}))
         pooling = {"word_embedding_dimension": width, "pooling_mode_cls_token": self.pooling == "cls"}
         modules.append(("Pooling", {**pooling, "pooling_mode_mean_tokens": self.pooling == "mean"}, {}))
         if self.centre is not None:
@@ -260,8 +261,7 @@ class BiEncoder(nn.Module):
         options, subfolder = read_modules(where)
         model = load_pretrained(where, AutoModel, dtype=number_format, subfolder=subfolder)
         tokenizer = load_pretrained(where, AutoTokenizer, subfolder=subfolder)
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         limit = getattr(model.config, "max_position_embeddings", None) or 256
         longest = tokenizer.model_max_length if options else 256  # newer folders keep their limit there
         return cls(model, tokenizer, **{"max_length": min(longest, limit), **options}).to(target).eval()
@@ -320,7 +320,7 @@ def _dense(file: Path | None, config: dict[str, Any], where: str) -> tuple[str, 
     """("centre", c) where a Dense layer only subtracts c, ("projection", W) where it has no bias."""
     if file is None:
         raise ValueError(f"{where}: expected model.safetensors, found none (pickled weights are not read)")
-    weights = load_file(file)
+    weights = {key: value.float() for key, value in load_file(file).items()}
     weight, bias = weights["linear.weight"], weights.get("linear.bias")
     is_linear = config["activation_function"].endswith("Identity") and not config.get("use_residual")
     if is_linear and (bias is None or not bias.any()):

@@ -90,14 +90,18 @@ class LocalGenerator:
         ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-1, padding_side="left")
         ids, seeds = ids.to(self.device), [torch.Generator().manual_seed(seed_of(name)) for _, name in jobs]
         noise = torch.stack([torch.rand(size, generator=seed, dtype=torch.float64) for seed in seeds], dim=1)
-        noise, mask = iter(noise.to(self.device)), (ids >= 0).long()
-        draw = [lambda _, scores: draw_tokens(scores, next(noise), sampling)] if sampling.temperature else []
+        home = "cpu" if self.device.type == "mps" else self.device  # Apple's GPUs lack float64
+        noise, mask = iter(noise.to(home)), (ids >= 0).long()
+
+        def draw(_: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            return draw_tokens(scores.to(home), next(noise), sampling).to(scores.device)
+
         try:
             made = self.model.generate(ids.clamp(min=0), attention_mask=mask, max_new_tokens=size,
-                                       logits_processor=draw)[:, ids.shape[1] :]
+                                       logits_processor=[draw] if sampling.temperature else [])
         except torch.OutOfMemoryError as error:
             raise ValueError(f"memory ran out with {len(jobs)} prompts; lower --batch-size") from error
-        return self.tokenizer.batch_decode(made, skip_special_tokens=True)
+        return self.tokenizer.batch_decode(made[:, ids.shape[1] :], skip_special_tokens=True)
 
 load_generator = LocalGenerator
 

@@ -125,8 +125,9 @@ def _logits(scores: Tensor, labels: Tensor, temperature: float, label_temperatur
             raise ValueError(f"{name}: expected a positive finite number, got {value!r}")
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))  # bfloat16 loses the small targets
     grades = labels.to(scores.dtype)
-    x = scores if temperature == 1 else scores / temperature  # (B, N)
-    z = grades if label_temperature == 1 else grades / label_temperature  # (B, N)
+    divided = isinstance(temperature, Tensor) or temperature != 1  # by 1, only for a temperature that learns
+    x = scores / temperature if divided else scores  # (B, N)
+    z = grades / label_temperature if label_temperature != 1 else grades  # (B, N)
     nothing = torch.finfo(x.dtype).min  # exp gives exactly 0, and unlike -inf it leaves logarithms finite
     for name, given in (("mask", mask), ("target_mask", target_mask)):
         if given is not None:

@@ -49,7 +49,7 @@ WORDS = dict(zero=0, one=1, two=2, three=3, four=4, per=3, hig=2, par=1, rel=1, 
 NAMES = r"perfectly[ _-]relevant|highly[ _-]relevant|(?:partially[ _-])?related|irrelevant"
 NUMBER = r"(?P<number>[0-9]{1,2}|zero|one|two|three|four)"
 NOUN = r"(?:relevance )?(?:level|grade|score|passage|rating)s?"
-KEY = re.compile(rf"(?i)[^\w-]*(?:(?:{NOUN})?[\s_:#-]*{NUMBER}\b.{{0,60}}|(?P<name>{NAMES})(?:.passage)?)\W*")
+KEY = re.compile(rf"(?i)[^\w-]*(?:(?:{NOUN}[\s_:#-]*)?{NUMBER}\b.{{0,60}}|(?P<name>{NAMES})(?:.passage)?)\W*")
 LABEL = re.compile(  # how a line opens: "Level 3:", "**3** ", "[3] ", "## Grade three", "Highly relevant - "
     rf"(?im)^(?:[*•+][ \t]+)?[ \t#>_`\"'(\[-]*(?P<bold>\*\*)?\*?[ \t]*\[?(?P<square>(?<=\[))?"
     rf"(?:{NOUN}[ \t]*[:#-]?[ \t]*{NUMBER}|(?P<bare>[0-9])|(?P<name>{NAMES}))(?![\w%])"
@@ -57,7 +57,7 @@ LABEL = re.compile(  # how a line opens: "Level 3:", "**3** ", "[3] ", "## Grade
     r"(?:[ \t_`*)\]]*(?:[:.)=–—-]+[ \t*_`]*|$)"
     r"|(?(square)\][ \t*_`]*|(?(bold)[:.)]*\*\*[ \t]*|(?!))))")
 SINGLE = re.compile(r"(?s)([{\[,:]\s*)'(.{0,1200}?)'(?=\s*(?:[:}\]]|,\s*['\"\d}{]))")  # a string of near-JSON
-FENCE = re.compile(r"`{3,}[ \t]*[a-zA-Z]*|~{3,}")
+FENCE = re.compile(r"`{3,}[ \t]*[a-zA-Z]*|~{3,}|(?m:^[ \t]*[-*_=]{3,}[ \t]*$)")  # also a line of -, *, _ or =
 Found = list[tuple[int, object]]  # (level, what stands there), in the order of the reply
 
 class ReplyError(ValueError):
@@ -146,8 +146,11 @@ def from_labels(text: str, levels: tuple[int, ...]) -> Found:
     """(level, text up to the next label) of labelled lines; a bare number counts only if it is asked for."""
     marks = [mark for mark in LABEL.finditer(text) if not mark["bare"] or int(mark["bare"]) in levels]
     named = [level_of(mark["bare"] or mark["number"] or mark["name"], levels) for mark in marks]
-    parts = zip(named, marks, [mark.start() for mark in marks[1:]] + [None], strict=False)
-    return [(level, text[mark.end() : end]) for level, mark, end in parts if level is not None]
+    ends = [mark.start() for mark in marks[1:]] + [None]
+    parts = [FENCE.sub(" ", text[mark.end() : end]).strip() for mark, end in zip(marks, ends, strict=False)]
+    if parts[1:] and not any(re.search(r"\n\s*\n", part) for part in parts[:-1]):
+        parts[-1] = re.split(r"\n\s*\n", parts[-1])[0]  # what follows a blank line there closes the reply
+    return [(level, part) for level, part in zip(named, parts, strict=True) if level is not None]
 
 def parse_reply(text: str, levels: tuple[int, ...] = LEVELS) -> dict[int, str]:
     """{level: passage} for all asked levels, in their order, from a reply in any form that has one meaning.

@@ -99,8 +99,8 @@ class TrainConfig:
                 value = getattr(self, name)
                 if value is not None and not (low <= value <= high and math.isfinite(value)):
                     raise ValueError(f"{name}: expected a number {words}, got {value!r}")
-        if self.recipe == "real" and (self.lists or not self.real):
-            raise ValueError("recipe real: expected --real and no --lists")
+        if self.lists or not self.real if self.recipe == "real" else self.negatives and not self.real:
+            raise ValueError("recipe real: expected --real and no --lists; negatives: expected --real")
         if self.target == "own" if self.loss == "infonce" else self.ignore_between:
             raise ValueError(f"target own and ignore_between: not for {self.loss}")
         pick_dtype(self.dtype)
@@ -253,8 +253,8 @@ def load_state(work: Path, optimiser: AdamW) -> tuple[list[Row], float]:
     with safe_open(work / "state.safetensors", "pt") as file, torch.no_grad():
         for n, parameter in enumerate(trainable):
             parameter.copy_(file.get_tensor(f"weight.{n}"))
-        keys = ("step", "exp_avg", "exp_avg_sq")
-        state = {n: {key: file.get_tensor(f"{key}.{n}") for key in keys} for n in range(len(trainable))}
+        keys, count = ("step", "exp_avg", "exp_avg_sq"), len(trainable)
+        state = {n: {key: file.get_tensor(f"{key}.{n}").clone() for key in keys} for n in range(count)}
         optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
         return json.loads(file.metadata()["rows"]), float(file.metadata()["seconds"])
 
@@ -280,6 +280,7 @@ def train(config: TrainConfig, lists: Lists | None = None, progress: bool = True
         print(f"{out}: finished already with these settings, nothing to do", file=sys.stderr)
         return record
     with locked(out) if rank == 0 else nullcontext():
+        check_new_folder(out)  # again: another process may have ended while the lists were read
         if work.exists() and any(path.suffix != ".tmp" for path in work.iterdir()):
             same_run(work / "settings.json", record)
         encoder = BiEncoder.load(config.model, str(device), "float32")
@@ -319,8 +320,7 @@ def main(argv: list[str] | None = None) -> int:
             dist.init_process_group("nccl" if on_cuda else "gloo")
         done = train(config)
         if rank_and_ranks()[0] == 0:
-            spent = f"{done['steps']} steps on {done['queries']} lists in {done['minutes']:.1f} minutes"
-            print(f"{config.out}: {spent}")
+            print("{}: {steps} steps on {queries} lists in {minutes:.1f} minutes".format(config.out, **done))
         if several:
             dist.destroy_process_group()
 

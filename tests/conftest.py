@@ -89,9 +89,9 @@ def graded_lists(count: int = 16) -> list[GradedList]:
 
 def write_lists(path: Path, count: int = 16) -> Path:
     """The same as a file for --lists."""
-    rows = [(x, {str(y): text for y, text in zip(x.grades, x.passages, strict=True)})
+    rows = [{"id": x.id, "query": x.query, "passages": dict(zip("3210", x.passages, strict=True))}
             for x in graded_lists(count)]
-    return write_jsonl(path, [{"id": x.id, "query": x.query, "passages": found} for x, found in rows])
+    return write_jsonl(path, rows)
 
 def write_jsonl(path: Path, rows: list[dict]) -> Path:
     """One JSON object a line."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer
 
 from repro import encoder as encoder_module
@@ -47,20 +48,18 @@ def test_mean_pooling_against_one_text_at_a_time(kind: str, request: pytest.Fixt
     for size in (1, 2, 100):
         assert_close(encoder.encode(TEXTS, batch_size=size), torch.stack(slow))
     assert encoder.encode([]).shape == (0, 16) and torch.isfinite(encoder.encode(["", " "])).all()
-    with pytest.raises(ValueError, match="kind: expected one of passage, query"):
-        encoder.encode(TEXTS, kind="document")
+    for options, name in (({"kind": "document"}, "one of passage, query"), ({"batch_size": -1}, "batch_")):
+        with pytest.raises(ValueError, match=name):
+            encoder.encode(TEXTS, **options)
 
 def test_long_texts_are_cut_and_encode_restores_the_mode(tiny_llama: Path) -> None:
     encoder = weighted(tiny_llama, max_length=5)
     whole = "how long does it take to bake bread"
     assert_close(encoder.encode([whole]), encoder.encode(["how long does it take"]))
-    encoder.train()
-    encoder.encode(TEXTS)
-    assert encoder.training
+    assert len(encoder.train().encode(TEXTS)) == len(TEXTS) and encoder.training
 
 @pytest.mark.parametrize("kind", ["tiny_llama", "tiny_bert"])
-def test_saved_folder_gives_the_same_here_and_in_sentence_transformers(
-        kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+def test_saved_folder_gives_the_same(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     from sentence_transformers import SentenceTransformer
 
     encoder = weighted(request.getfixturevalue(kind), mapped=kind == "tiny_llama", max_length=9)
@@ -98,6 +97,9 @@ def test_folder_written_by_sentence_transformers(tiny_bert: Path, tmp_path: Path
         for side, prompt in (("query", "query"), ("passage", "document")):
             encoded = torch.from_numpy(theirs.encode(TEXTS, prompt_name=prompt))
             assert_close(ours.encode(TEXTS, side), encoded)
+    half = {key: w.half() for key, w in load_file(tmp_path / "mapped/2_Dense/model.safetensors").items()}
+    save_file(half, tmp_path / "mapped/2_Dense/model.safetensors")
+    assert BiEncoder.load(tmp_path / "mapped", device="cpu").encode(TEXTS).isfinite().all()
     max_pooling = [parts[0], Pooling(16, "max")]
     order = "subtracts a centre or is a linear map|in the order centre, linear map|found max"
     for n, modules in enumerate(
@@ -137,8 +139,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(BiEncoder, "_mean", lambda self, ids: calls.append(len(ids)) or original(self, ids))
     return calls
 
-def test_frozen_whole_computes_each_text_once_and_keeps_it(
-        tiny_llama: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+def test_each_text_is_computed_once_and_kept(tiny_llama: Path, cache: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(encoder_module, "BLOCK", 2)
     monkeypatch.setattr(encoder_module, "WORTH_A_FILE", 2)
     encoder = weighted(tiny_llama, mapped=True)
@@ -162,10 +163,10 @@ def test_frozen_whole_computes_each_text_once_and_keeps_it(
     encoder.prompts["query"] = "why "
     assert not torch.equal(encoder.encode(TEXTS, "query"), plain[1])
 
-@pytest.mark.parametrize(
-    "change", ["heads", "eps", "activation", "normaliser", "weights", "pooling", "length", "words"])
-def test_another_model_never_gets_these_vectors(
-        change: str, tiny_llama: Path, tmp_path: Path, cache: Path) -> None:
+@pytest.mark.parametrize("change", "heads eps activation normaliser weights pooling length words".split())
+def test_no_other_model_gets_them(change: str, tiny_llama, tmp_path: Path, cache: Path, monkeypatch) -> None:
+    monkeypatch.setattr(encoder_module, "WORTH_A_FILE", 2)
+    calls = counted(monkeypatch)
     folder = Path(shutil.copytree(tiny_llama, tmp_path / "other"))
     edits = {"heads": {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}}
     edits |= {"eps": {"rms_norm_eps": 0.5}, "activation": {"hidden_act": "gelu"}}
@@ -185,7 +186,8 @@ def test_another_model_never_gets_these_vectors(
             encoder.model.norm.weight.data[0] += change == "weights"
         encoder.freeze(4)
         prints.append(encoder.fingerprint)
-    assert prints[0] != prints[1]
+        encoder.encode(TEXTS)
+    assert prints[0] != prints[1] and sum(calls) // len(TEXTS) == 2 == len([*cache.glob("vectors/*.npy")])
     again = weighted(tiny_llama, mapped=True)
     again.encode(TEXTS)  # leaves truncation settings in the tokenizer, which do not count
     again.freeze(4)
@@ -226,7 +228,6 @@ def test_base_is_six_layers_weighted_centred_and_normalised() -> None:
     base = BiEncoder.load("base", device="cpu")
     assert base.model.config.num_hidden_layers == 6 and base.normalise and not base.frozen_whole
     assert base.token_weights.shape == (49152,) and base.centre.shape == (576,)
-    vectors = base.encode(
-        ["how do tides work", "The moon's gravity pulls the ocean.", "Steel is made in a furnace."])
+    vectors = base.encode(["how do tides work", "The moon's gravity pulls the ocean.", "Steel is an alloy."])
     assert_close(vectors.norm(dim=1), torch.ones(3))
     assert vectors[0] @ vectors[1] > vectors[0] @ vectors[2]

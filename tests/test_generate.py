@@ -119,11 +119,11 @@ def test_killed_or_cut_at_any_moment_the_file_ends_the_same(tmp_path):
 
 RECORD = json.dumps(dict.fromkeys(FIELDS, "x") | {"parameters": {}}).encode()
 FOREIGN = [b'{"_id": "a"}\n', b"notes", b'{"a": 1}\n{"torn', RECORD[:90], RECORD, RECORD + b"\nnotes\n{"]
-REFUSALS = """--temperature 0.5 | temperature 1.0, this run has 0.5; --temperature nan | temperature
+REFUSALS = """--temperature 0.5 | temperature 1.0, this run has 0.5; --temperature nan | expected max_
 --temperature 0 | temperature 1.0, this run has 0.0; --seed 4 | was written with seed 3, this run has 4
 --plan all-levels | was written with prompt_sha256; --dtype int32 | unknown dtype; --out FOLDER | is a folder
 --queries OTHER | with query 'how bread dough rise', this run has 'another'; --batch-size 0 | --batch-size
---limit 0 | --limit; --retries -1 | --retries; --shard 3/2 | --shard; --shard 0/2 | --shard; --top-p 0 | top_p
+--limit 0 | --limit; --retries -1 | --retries; --shard 3/2 | --shard; --shard 0/2 | --shard; --top-p 0 | <= 1
 --max-new-tokens 0 | max_new_tokens >= 1; --queries NONE | cannot be read; --model no-such | unknown model
 --out /dev/null | expected records; --queries LONG --out LONG | expected records; --model PLAIN | --no-chat-
 --queries LONG --out NEW | query 'long': does not fit; --model BROKEN | chat template fails.* no system"""

@@ -30,7 +30,7 @@ FORMS = [*map(lines, LINES.split("|")), lines("Level {0}: {1}", range(4)), lines
          json.dumps({"Level 3": GOOD[3], "two": GOOD[2], "grade_1": GOOD[1], "irrelevant": GOOD[0]}),
          json.dumps({f"{level} (as asked)": text for level, text in GOOD.items()})]
 REFUSED = {
-    "": "empty", " \n\t": "empty", "I cannot help with that.": "no level found",
+    "": "empty", " \n\t": "empty", "I cannot help with that.": "no level found", '{"-1": "d"}': "no level",
     "3] a\n2] b\n1] c\n0] d": "no level found", '{"a":' * 3000: "no level found",
     '{"3": "alpha", "2": "beta", "1": "gam': "no level found, or it is cut off",
     '{\n  "3": "he said "a"",\n  "2": "b",\n  "1": "c",\n  "0": "d"\n}': "no level found",
@@ -52,7 +52,8 @@ def test_every_form_is_read_and_everything_else_refused_with_a_reason():
 def test_corners_of_the_parser():
     quoted = parse_reply("""{'3': 'it's here', '2': 'a \\'b\\' "c"', '1': "don't", '0': 'b, c',}""")
     assert quoted == {3: "it's here", 2: "a 'b' \"c\"", 1: "don't", 0: "b, c"}
-    prose = parse_reply("Level 3: It took\n12 days.\nLevel 2: b\nLevel 1: c\n5. is not asked for\nLevel 0: d")
+    prose = parse_reply("Level 3: It took\n12 days.\n\n---\nLevel 2: b\n***\nLevel 1: c\n5. is not asked for"
+                        "\nLevel 0: d\n\nShall I write more?")
     assert prose == {3: "It took 12 days.", 2: "b", 1: "c 5. is not asked for", 0: "d"}
     marked = '{"1": "```text\\n “x” \ud800 **a**``` \x00", "0": "b", "2": "c"}'
     assert parse_reply(marked, (1, 0)) == {1: "“x” a", 0: "b"} and issubclass(ReplyError, ValueError)

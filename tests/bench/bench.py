@@ -140,8 +140,7 @@ def bench_encoding(collection: str) -> Iterator[Row]:
     yield row(what, "SentenceTransformer.encode", *size, ours, theirs, 1.4, note=note)
     if NATIVE:
         scored = [evaluate.evaluate_model(model, passages, queries, judged) for model in (half, full)]
-        gain = scored[0]["metrics"]["ndcg@10"] - scored[1]["metrics"]["ndcg@10"]
-        note = f"nDCG@10 {gain:+.4f}"
+        note = f"nDCG@10 {scored[0]['metrics']['ndcg@10'] - scored[1]['metrics']['ndcg@10']:+.4f}"
         yield row(what, "ours in float32", *size, brief, ours, 3, form="bfloat16", note=note)
 
 def bench_generation(collection: str) -> Iterator[Row]:
@@ -197,8 +196,6 @@ def main() -> None:
     a, here = parser.parse_args(), checkpoints.machine("cpu")
     old = json.loads(OUT.read_text(encoding="utf-8")) if OUT.exists() else {}
     rows = {tuple(r.values())[:3]: r for r in old.get("rows", []) if old["machine"] == here}
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     for new in (new for part in a.only for new in parts[part](a.data)):
         print(*new.values(), sep="  ", flush=True)
         rows[tuple(new.values())[:3]] = new
