@@ -55,9 +55,10 @@ def test_training_ranks_the_grades(tiny_bert: Path, tmp_path: Path) -> None:
 
 def test_same_seed_same_losses_other_seed_other_order(tiny_bert: Path, tmp_path: Path) -> None:
     """BERT has dropout, so this also checks that the random state is part of the seed."""
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        run(tmp_path, tiny_bert, name, seed=seed)
-    assert losses(tmp_path / "a") == losses(tmp_path / "b") != losses(tmp_path / "c")
+    for name, seed, warmup in (("a", 1, 0.05), ("b", 1, 0.05), ("c", 2, 0.05), ("d", 1, 1.0)):
+        run(tmp_path, tiny_bert, name, seed=seed, warmup=warmup)
+    a, b, c, d = (losses(tmp_path / name) for name in "abcd")
+    assert a == b != c and d[0] == a[0] and d != a  # the rate follows its schedule
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_padding_chunks_and_accumulation(loss: str, tiny_llama: Path, tmp_path: Path) -> None:
@@ -121,8 +122,7 @@ def test_killed_run_goes_on_to_the_same_weights_and_has_a_lock(tiny_bert: Path, 
     assert {p.name for p in tmp_path.iterdir() if p.name[0] != "."} == {"killed", "lists.jsonl", "whole"}
 
 def test_finished_and_foreign_folder(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    first = run(tmp_path, tiny_llama)
-    assert run(tmp_path, tiny_llama) == first
+    assert run(tmp_path, tiny_llama) == run(tmp_path, tiny_llama)
     assert "finished already" in capsys.readouterr().err
     for name in ("foreign", "mine.partial"):
         (tmp_path / name).mkdir()
@@ -180,7 +180,7 @@ def test_defaults(tiny_llama: Path, cache: Path, tmp_path: Path, capsys: pytest.
 def test_defaults_for_cosines_are_those_of_the_best_trials() -> None:
     table = json.loads((ROOT / "repro" / "experiment" / "results" / "tuning.json").read_text())["base"]
     arms = dict(zip(LOSSES, ("InfoNCE, all lower", "KL", "1-D W", "Gaussian W2"), strict=True))
-    usual = {"target": "all", "order": 1, "axis": "grade"}
+    usual = {key: getattr(TrainConfig(), key) for key in ("target", "order", "axis")}
     for loss, arm in arms.items():
         rows = [row for row in table[arm]["trials"] if all(row.get(k, v) == v for k, v in usual.items())]
         best = max(rows, key=lambda row: row["ndcg@10"])
