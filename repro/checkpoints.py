@@ -146,7 +146,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
         sink.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 def same_run(path: Path, record: dict[str, Any]) -> dict[str, Any]:
-    """What stands at `path`.  ValueError naming a setting that differs from a run that has kept more."""
+    """What stands at `path`.  ValueError naming a setting that differs, if more than this file was kept."""
     try:
         there = json.loads(path.read_text(encoding="utf-8"))
         theirs, ours = ({**run["settings"], "lists_sha256": run["lists_sha256"]} for run in (there, record))

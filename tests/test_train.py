@@ -175,7 +175,7 @@ def test_defaults(tiny_llama: Path, cache: Path, tmp_path: Path, capsys: pytest.
     assert "only 6 lists: a batch is 6 of them, not 16" in capsys.readouterr().err
     after = BiEncoder.load(tmp_path / "out", device="cpu")
     assert not torch.equal(after.projection, cosine.projection)
-    assert all(map(torch.equal, raw.model.parameters(), after.model.parameters()))
+    assert all(torch.equal(a, after.model.get_parameter(n)) for n, a in raw.model.named_parameters())
 
 def test_defaults_for_cosines_are_those_of_the_best_trials() -> None:
     table = json.loads((ROOT / "repro" / "experiment" / "results" / "tuning.json").read_text())["base"]
