@@ -29,7 +29,7 @@ def made(group: str, arm: str, seed: int | None, gain: float, start: str | None 
         metrics = {"ndcg@10": round(fmean(scores[name].values()), 5), "mrr@10": 0.5, "recall@100": 0.75}
         found[name] = {"metrics": metrics, "passages": 9 * size, "queries": size, **PLACE}
     run = {"group": group, "arm": arm, "seed": seed, "start": start, "settings": settings, "trained": PLACE}
-    return {**run, "development": 0.61, "minutes": 0.25, "collections": found, "per_query": scores}
+    return {**run, "minutes": 0.25, "collections": found, "per_query": scores}
 
 @pytest.fixture
 def runs() -> list[dict]:

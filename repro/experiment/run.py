@@ -6,7 +6,6 @@ Tuning looks at development queries only.
 
 import argparse
 import copy
-import random
 import subprocess
 import sys
 import time
@@ -23,11 +22,11 @@ from repro.checkpoints import ending, machine, pick_device, pick_dtype, write_js
 from repro.data import as_collection, load_beir
 from repro.encoder import BiEncoder
 from repro.evaluate import evaluate_model
-from repro.experiment.arms import ABLATIONS, AVERAGES, BATCH, MAIN, SPLIT_SEED, STARTS, Arm, Sources, draws
+from repro.experiment.arms import ABLATIONS, AVERAGES, BATCH, MAIN, STARTS, Arm, Sources, draws
 from repro.experiment.claims import RESULTS, read_runs, read_tuning, write_runs
 from repro.train import TrainConfig, train_encoder
 
-DISTRACTORS, DIGITS = 2000, 5
+DIGITS = 5
 REFERENCES = {"BM25": "bm25"}  # of no start
 
 class Study:
@@ -61,13 +60,10 @@ class Study:
 
     @cached_property
     def development(self) -> list[tuple]:
-        """(corpus, queries, qrels) of held-out authored lists, and of WikiQA train questions among 2,000."""
+        """(corpus, queries, qrels): held-out authored lists; WikiQA train questions over all sentences."""
         corpus, queries, qrels = load_beir(self.args.wikiqa, "train")
         qrels = {query: qrels[query] for query in sorted(self.sources.questions)}
-        kept = {passage for row in qrels.values() for passage in row}
-        others = sorted(corpus.keys() - kept)
-        kept |= set(random.Random(SPLIT_SEED).sample(others, min(DISTRACTORS, len(others))))
-        return [as_collection(self.sources.held_out), ({p: corpus[p] for p in sorted(kept)}, queries, qrels)]
+        return [as_collection(self.sources.held_out), (corpus, queries, qrels)]
 
     def trained(self, arm: Arm, settings: dict[str, Any], seed: int) -> tuple[BiEncoder, dict, float]:
         """A copy of the start, trained: (encoder, its settings, minutes)."""
@@ -110,7 +106,8 @@ class Study:
                     found["trials"] += [{**settings, "average": a, "ndcg@10": v} for a, v in scores.items()]
                     best = max(found["trials"], key=lambda row: row["ndcg@10"])
                     found["best"] = {key: value for key, value in best.items() if key != "ndcg@10"}
-                    found["start"] = found.get("start") or self.development_ndcg(self.scorer(self.encoder))
+                    known = (one["start"] for one in table[self.name].values() if "start" in one)
+                    found["start"] = next(known, None) or self.development_ndcg(self.scorer(self.encoder))
                     write_json(RESULTS / "tuning.json", table)
         return read_tuning(RESULTS)[self.name][arm.name]["best"]
 
@@ -128,7 +125,7 @@ class Study:
             run = next((r for r in read_runs(RESULTS) if key.items() <= r.items()), key | {"collections": {}})
             if not (missing := self.collections.keys() - run["collections"].keys()):
                 return
-            settings, development, minutes, then = {}, None, 0.0, run.get("settings", {})
+            settings, minutes, then = {}, 0.0, run.get("settings", {})
             self.same(run, "dtype", run.get("trained", self.place)["dtype"], self.place["dtype"])
             if isinstance(arm, str):
                 model = REFERENCES.get(name) or self.scorer(self.encoder)
@@ -141,9 +138,8 @@ class Study:
                     self.same(run, setting, then.get(setting, value), value)
                 encoder, settings, minutes = self.trained(arm, best, seed)
                 model = self.scorer(encoder)
-                development = self.development_ndcg(model)
-            run = {"group": group, "settings": settings, "development": development, "minutes": minutes,
-                   "trained": self.place, "per_query": {}, **run}
+            run = {"group": group, "settings": settings, "minutes": minutes, "trained": self.place,
+                   "per_query": {}, **run}
             for each in sorted(missing):
                 corpus, queries, qrels = self.collections[each]
                 found = evaluate_model(model, corpus, queries, qrels)
