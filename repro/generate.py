@@ -11,15 +11,16 @@ import os
 import random
 import re
 import time
-import urllib.request
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import httpx2  # huggingface_hub's
 import torch
+from huggingface_hub import InferenceClient, set_client_factory
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -31,6 +32,7 @@ Chat, Record = list[dict[str, str]], dict[str, Any]
 Jobs = Sequence[tuple[Chat, str]]  # what is asked, and the name that seeds its reply
 FIELDS = ("id", "query", "prompt_version", "prompt_sha256", "plan", "generator", "parameters", "seed",
           "attempt", "reply", "passages", "error")
+LIMIT, SERVERS = 4_000_000, {}  # bytes of a server's reply; {scheme, host and port: how it is reached}
 
 @dataclass(frozen=True)
 class Sampling:
@@ -103,21 +105,33 @@ class LocalGenerator:
             raise ValueError(f"memory ran out with {len(jobs)} prompts; lower --batch-size") from error
         return self.tokenizer.batch_decode(made[:, ids.shape[1] :], skip_special_tokens=True)
 
-load_generator = LocalGenerator
+class OneReply(httpx2.HTTPTransport):
+    """For InferenceClient: no redirect is followed with the key, no reply fills the memory."""
+
+    def handle_request(self, request: httpx2.Request) -> httpx2.Response:
+        """A good reply of at most LIMIT bytes, without headers.  Any other status is an HTTPStatusError."""
+        with closing(super().handle_request(request)) as response:
+            body = b""
+            for part in response.stream:
+                if len(body := body + part) > LIMIT:
+                    raise httpx2.ReadError(f"the reply has more than {LIMIT} bytes")
+            return httpx2.Response(response.status_code, content=body, request=request).raise_for_status()
 
 class ServerGenerator:
     """A model behind an OpenAI-compatible server, e.g. http://127.0.0.1:8000/v1; key: OPENAI_API_KEY."""
 
     def __init__(self, url: str, model: str, workers: int = 8) -> None:
         self.key = os.environ.get("OPENAI_API_KEY", "").strip()  # a plain word: every message shows it alike
-        is_url = re.fullmatch(r"https?://([\w.-]+|\[[\da-f:.]+\])(:\d{1,5})?(/[\w.~/-]*)?", url, re.ASCII)
+        is_url = re.fullmatch(r"(https?://([\w.-]+|\[[\da-f:.]+\])(:\d{1,5})?)(/[\w.~/-]*)?", url, re.ASCII)
         if not is_url or not re.fullmatch(r"[\w.~+/=:-]*", self.key, re.ASCII):
             raise ValueError("expected --base-url http(s)://HOST:PORT/v1 and, if any, a plain OPENAI_API_KEY")
         self.name, self.workers, self.batch_size, self.tries, self.pause = model, workers, 2 * workers, 5, 1.0
-        self.url, self.context, self.prompt = url.rstrip("/") + "/chat/completions", 10**9, str
-        self.opener = urllib.request.OpenerDirector()  # follows no redirect, unlike huggingface_hub's client
-        self.opener.add_handler(urllib.request.HTTPHandler())
-        self.opener.add_handler(urllib.request.HTTPSHandler())
+        self.url, self.context, self.prompt = url, 10**9, str
+        SERVERS[is_url[1]] = OneReply()  # for these alone: the hub may redirect and send large files
+        set_client_factory(lambda: httpx2.Client(follow_redirects=True, mounts=SERVERS))
+        # Without a key the client would send the one that is saved for the hub; packed bytes have no LIMIT.
+        self.client = InferenceClient(base_url=url, api_key=self.key or "EMPTY", timeout=120,
+                                      headers={"Accept-Encoding": "identity"})
 
     def reply(self, jobs: Jobs, sampling: Sampling) -> list[str]:
         """One reply a job, `workers` requests at a time.  ValueError if one fails for good."""
@@ -126,20 +140,16 @@ class ServerGenerator:
 
     def one(self, chat: Chat, name: str, sampling: Sampling) -> str:
         """One request; repeated with growing pauses on 429, 5xx, lost connections and broken replies."""
-        body = {"model": self.name, "messages": chat, "seed": seed_of(name) % 2**31, "top_p": sampling.top_p,
-                "max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature}
-        body |= {"top_k": sampling.top_k} if sampling.top_k else {}  # not in the protocol, but widely known
-        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key or 'EMPTY'}"}
-        request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
+        more = {"top_k": sampling.top_k} if sampling.top_k else None  # not in the protocol, but widely known
         for attempt in range(self.tries):
             time.sleep(attempt and self.pause * 2 ** (attempt - 1))
             try:
-                with self.opener.open(request, timeout=120) as response:
-                    raw, status = response.read(4_000_000), response.status
-                if status == 200:
-                    text = json.loads(raw)["choices"][0]["message"]["content"]
-                    return text.encode("utf-8", "replace").decode()  # a lone surrogate is no text
-                reason = f"status {status}: {raw.decode(errors='replace')}"
+                done = self.client.chat_completion(
+                    chat, model=self.name, max_tokens=sampling.max_new_tokens, seed=seed_of(name) % 2**31,
+                    temperature=sampling.temperature, top_p=sampling.top_p, extra_body=more)
+                return done.choices[0].message.content.encode(errors="replace").decode()  # no lone surrogate
+            except httpx2.HTTPStatusError as error:
+                reason = f"status {(status := error.response.status_code)}: {error.response.text}"
                 if status != 429 and status < 500:
                     break
             except Exception as error:  # of the network, the protocol, or a body that is no chat completion
@@ -149,8 +159,7 @@ class ServerGenerator:
 
 def read_queries(path: str | Path) -> dict[str, str]:
     """{id: query} of a BEIR queries file, of graded lists, or of a .txt with one query a line; also .gz.
-    Without an id, line 7 is `q00007`. ValueError, with the line, for an empty query, or one or an id twice.
-    """
+    Without an id, line 7 is `q00007`. ValueError, with the line, for an empty query, or it or an id twice."""
     lines = ((where, {"query": line}) for where, line in read_lines(path))
     queries, seen = {}, {}
     for where, row in lines if ".txt" in Path(path).suffixes[-2:] else read_jsonl(path):

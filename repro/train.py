@@ -18,7 +18,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -58,7 +58,6 @@ Row = dict[str, float]
 @dataclass
 class TrainConfig:
     """What a run is made of.  None means: by the kind of encoder (`filled`), and written to train.json."""
-
     lists: list[str] = field(default_factory=list)  # caches, BEIR folders, hub ids; none: authored.jsonl
     queries: str | None = None  # folder or hub id with the texts of the lists' queries, where they have none
     recipe: str = "graded"  # graded, binary, ends, merged (repro/data.py), or real: only the lists of --real
@@ -139,6 +138,17 @@ def training_lists(config: TrainConfig) -> list[GradedList]:
 def rank_and_ranks() -> tuple[int, int]:
     """(this process's number, how many there are)."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+@contextmanager
+def process_group(device: str) -> Iterator[None]:
+    """Under torchrun, run a block as one of the ranks, with a GPU of its own; only the first one prints."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if device in ("auto", "cuda") and torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group()  # gloo for tensors on the CPU, beside it NCCL where there are GPUs
+    with redirect_stdout(None if rank_and_ranks()[0] else sys.stdout):
+        yield
+    dist.is_initialized() and dist.destroy_process_group()
 
 def batch_loss(encoder: nn.Module, batch: Batch, loss: Callable, own: bool = False, chunk: int | None = None
                ) -> Tensor:
@@ -305,25 +315,15 @@ def train(config: TrainConfig, lists: Lists | None = None, progress: bool = True
 
 def main(argv: list[str] | None = None) -> int:
     """Command line: one option a field of TrainConfig; under torchrun one process a rank."""
-
     def work() -> None:
         parser = HfArgumentParser(TrainConfig, prog="python -m repro.train", description=__doc__)
         notes = dict(re.findall(r"(\w+): .* = .*?  # (.+)", inspect.getsource(TrainConfig)))
         for action in parser._actions:
             action.help = notes.get(action.dest, action.help)
         (config,) = parser.parse_args_into_dataclasses(argv)
-        several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-        if several:
-            on_cuda = config.device in ("auto", "cuda") and torch.cuda.is_available()
-            if on_cuda:
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            dist.init_process_group("nccl" if on_cuda else "gloo")
-        done = train(config)
-        if rank_and_ranks()[0] == 0:
+        with process_group(config.device):
+            done = train(config)
             print("{}: {steps} steps on {queries} lists in {minutes:.1f} minutes".format(config.out, **done))
-        if several:
-            dist.destroy_process_group()
-
     return ending(work)
 
 if __name__ == "__main__":

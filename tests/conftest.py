@@ -5,24 +5,23 @@ import os
 import sys
 from pathlib import Path
 
-# One thread here and in the processes that tests start: two threads sum in another order than one, and some
-# tests compare two runs to the last bit.  Tiny models gain nothing from more.
+# One thread, also in processes that tests start: two sum in another order, and some tests compare every bit.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
 torch.set_num_threads(1)
 sys.path.insert(0, str(Path(__file__).parents[1]))  # plain `pytest` does not put the repository on the path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test talks to a hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM  # noqa: E402
-from transformers import PreTrainedTokenizerFast as FastTokenizer  # noqa: E402
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+from transformers import PreTrainedTokenizerFast as FastTokenizer
 
-from repro.checkpoints import WHEELS, cache_dir  # noqa: E402
-from repro.data import GradedList  # noqa: E402
+from repro.checkpoints import WHEELS, cache_dir
+from repro.data import GradedList
 
 WORDS = ("the a of in on for with how long does it take to bake bread dough rise sleep cat dog river bank "
          "moon tide why is sky blue capital city iron steel rust tea coffee beans roast engine oil change "
@@ -94,6 +93,5 @@ def write_lists(path: Path, count: int = 16) -> Path:
     return write_jsonl(path, rows)
 
 def write_jsonl(path: Path, rows: list[dict]) -> Path:
-    """One JSON object a line."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
 from transformers import AutoModel, AutoTokenizer
 
 from repro import encoder as encoder_module
@@ -18,7 +20,6 @@ from repro.start import cut_out, sif_weights, warm_up, whitening
 TEXTS = "how long does bread dough rise|the moon|why is the sky blue in the city|tea|rust of iron".split("|")
 
 def weighted(folder: Path, mapped: bool = False, **options) -> BiEncoder:
-    """A tiny encoder with all options on."""
     encoder = BiEncoder.load(folder, device="cpu")
     rng = torch.Generator().manual_seed(5)
     encoder.token_weights = torch.rand(len(encoder.tokenizer), generator=rng)
@@ -60,8 +61,6 @@ def test_long_texts_are_cut_and_encode_restores_the_mode(tiny_llama: Path) -> No
 
 @pytest.mark.parametrize("kind", ["tiny_llama", "tiny_bert"])
 def test_saved_folder_gives_the_same(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    from sentence_transformers import SentenceTransformer
-
     encoder = weighted(request.getfixturevalue(kind), mapped=kind == "tiny_llama", max_length=9)
     texts = [*TEXTS, "how long does it take to bake bread dough with tea and coffee beans"]
     encoder.save(tmp_path / "all")
@@ -83,9 +82,6 @@ def test_saved_folder_gives_the_same(kind: str, request: pytest.FixtureRequest, 
         encoder.encode("tea")
 
 def test_folder_written_by_sentence_transformers(tiny_bert: Path, tmp_path: Path) -> None:
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
-
     parts = [Transformer(str(tiny_bert), max_seq_length=20), Pooling(16, "mean"), Normalize()]
     linear = Dense(16, 4, bias=False, activation_function=torch.nn.Identity())
     prompts = {"query": "why ", "document": "the "}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import graded_lists, write_lists
 
-from repro.data import as_collection, load_beir
+from repro.data import AUTHORED, as_collection, load_beir
 from repro.experiment import arms, claims, report, run
 
 Y = [3, 2, 1, 0]
@@ -89,6 +89,6 @@ def test_the_lines_that_build_dl19_pool(tmp_path: Path, monkeypatch: pytest.Monk
     Path("collection.tsv").write_text('7\ta "moon"\r high\n8\tno\n9\ttea\n', encoding="utf-8")
     Path("msmarco-test2019-queries.tsv").write_text("1\twhat is up\n2\tnot judged\n")
     Path("2019qrels-pass.txt").write_text("1 Q0 7 3\n1 Q0 9 0\n")
-    exec(report.BUILD, {})
+    exec(AUTHORED.with_name("README.md").read_text("utf-8").split("```python\n")[1].split("```")[0], {})
     found = {"7": 'a "moon"\r high', "9": "tea"}, {"1": "what is up"}, {"1": {"7": 3, "9": 0}}
     assert load_beir("dl19-pool") == found

@@ -221,8 +221,8 @@ def test_server_errors_are_one_sentence_without_the_key(server, monkeypatch):
             r"1 tries, status 401: your key \*\*\* is": (401, b"your key sk-secret is\r\n\x1b[31m wrong"),
             "1 tries, status 302": (302, b""), "5 tries, status 503": (503, b""),
             "5 tries, no chat completion: Attr": (200, b'{"choices": [{"message": {"content": null}}]}'),
-            "5 tries, no chat completion: JSON": (200, b'"' + b"x" * 5_000_000 + b'"'),
-            "5 tries, no chat completion: BadStatus": (None, b"your \"sk-secret'\r\n\r\n")}.items():
+            "5 tries, no chat completion: ReadError.*4000000": (200, b'"' + b"x" * 5_000_000 + b'"'),
+            "5 tries, no chat completion: RemoteProtocolError": (None, b"your \"sk-secret'\r\n\r\n")}.items():
         server.script[:] = [answer] * 5
         with pytest.raises(ValueError, match=reason) as caught:
             generate(["one"], ServerGenerator(server.url, "m"), plan="all-levels")

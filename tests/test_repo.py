@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# A module may import only what stands before it; nothing flat imports the experiment.
 ORDER = "checkpoints prompts data generate losses start encoder train metrics evaluate plots".split()
 WING = "arms claims run report".split()
 MODULES = [f"{name}.py" for name in ORDER] + [f"experiment/{name}.py" for name in WING]

@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import graded_lists, write_jsonl, write_lists
 
+from repro import evaluate
 from repro.data import collate
 from repro.encoder import BiEncoder
 from repro.losses import LOSSES
@@ -210,7 +211,6 @@ sys.path.insert(0, sys.argv[1])
 from test_train import gradients
 dist.init_process_group("gloo")
 torch.save(gradients(Path(sys.argv[2])), f"{sys.argv[3]}.{dist.get_rank()}")
-dist.destroy_process_group()
 """
 
 def gradients(model: Path) -> dict[str, torch.Tensor]:
@@ -225,12 +225,12 @@ def gradients(model: Path) -> dict[str, torch.Tensor]:
     named = encoder.named_parameters()
     return {"loss": value.detach(), **{n: p.grad for n, p in named if p.grad is not None}}
 
-def torchrun(*arguments: str) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-    command += ["--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0"]
+def torchrun(*arguments: str) -> str:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([*command, *arguments], capture_output=True, timeout=300, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
+    return (done.stdout + done.stderr).decode()
 
 def test_two_ranks_give_the_gradients_of_one(tiny_bert: Path, tmp_path: Path) -> None:
     single = gradients(tiny_bert)
@@ -250,6 +250,13 @@ def test_command_under_torchrun_equals_one_process(tiny_llama: Path, tmp_path: P
     assert len(losses(tmp_path / "two")) == 8 and losses(tmp_path / "two") == pytest.approx(
         losses(tmp_path / "one"), abs=1e-4)
     assert json.loads((tmp_path / "two" / "train.json").read_text())["ranks"] == 2
+
+def test_two_ranks_share_the_encoding(tiny_bert: Path, tmp_path: Path) -> None:
+    options = f"--model {tiny_bert} --device cpu --dtype float32 --run".split()
+    assert evaluate.main([*options, f"{tmp_path}/1"]) == 0
+    shown = torchrun("-m", "--", "repro.evaluate", *options, f"{tmp_path}/2")
+    one, two = ([float(line.split()[4]) for line in (tmp_path / name).open()] for name in "12")
+    assert one == pytest.approx(two, abs=1e-5) and "/151" in shown and shown.count("ndcg@10") == 1
 
 def test_four_released_experiments(tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """README's own lines, in a folder that has the released layout under the names of the hub."""

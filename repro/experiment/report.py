@@ -24,28 +24,12 @@ claim *holds* if p, Holm-corrected over the five claims of a start, is at most {
 difference above 0; it *does not hold* if that p is at most {claims.LEVEL} and the difference below 0, or if
 the interval ends below {claims.WORTHWHILE}; else it is *undecided*. An empty cell was not measured with all
 seeds. "InfoNCE" has the released binary recipe, "InfoNCE, all lower" all passages; "start" is not trained."""
-BUILD = r"""import gzip, json, os
-ids = set(gzip.open("cached_prompts/dl19-pool.ids.gz", "rt").read().split())
-os.makedirs("dl19-pool/qrels")
-for source, part in (("collection", "corpus"), ("msmarco-test2019-queries", "queries")):
-    with open(f"dl19-pool/{part}.jsonl", "w") as f:
-        for row in open(f"{source}.tsv", encoding="utf-8", newline="\n"):
-            key, text = row.rstrip("\r\n").split("\t")
-            if key in ids or part == "queries":
-                f.write(json.dumps({"_id": key, "text": text}) + "\n")
-with open("dl19-pool/qrels/test.tsv", "w") as f:
-    for row in ("query-id Q0 corpus-id score", *open("2019qrels-pass.txt")):
-        f.write("{0}\t{2}\t{3}\n".format(*row.split()))"""
-HOW = f"""Two commands make every row, from nothing (start one for each core with OMP_NUM_THREADS=1; a stopped
+HOW = """Two commands make every row, from nothing (start one for each core with OMP_NUM_THREADS=1; a stopped
 one goes on) and from the records; `--start base --data sample` adds that column. The names are BEIR folders;
-wikiqa has the ids of wikiqa-graded.jsonl. The lines after them build dl19-pool in the kit's folder from files
-of MS MARCO and NIST (ids: `cached_prompts/`).
+wikiqa has the ids of wikiqa-graded.jsonl; `cached_prompts/README.md` says how to build dl19-pool.
 ```
 python -m repro.experiment.run --wikiqa wikiqa --data dl19-pool wikiqa scifact cranfield
 python -m repro.experiment.report
-```
-```python
-{BUILD}
 ```"""
 LOSSES = ("InfoNCE, all lower", "InfoNCE, middle left out", "KL", "Gaussian W2")
 SECONDARY = (*(("C1", arm, "InfoNCE") for arm in LOSSES), *(("C1", "1-D W", arm) for arm in LOSSES),

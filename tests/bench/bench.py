@@ -5,7 +5,6 @@
 Both sides get the same texts, lengths, batch, number format and threads (OMP_NUM_THREADS) and a turn to warm
 up; a ratio is the median over 5 turns.  The rows go to bench.json of the results; another machine's leave it.
 """
-# ruff: noqa: E402
 
 import argparse
 import json
