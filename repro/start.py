@@ -51,8 +51,7 @@ def cut_out(passages: Sequence[str], seed: int) -> list[str]:
     """A run of 2 to 8 neighbouring words out of each passage, drawn with the seed."""
     rng, cuts = random.Random(seed), []
     for passage in passages:
-        words = passage.split()
-        count = rng.randint(*SPAN)
+        words, count = passage.split(), rng.randint(*SPAN)
         first = rng.randrange(max(1, len(words) - count + 1))
         cuts.append(" ".join(words[first : first + count]))
     return cuts

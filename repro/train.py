@@ -41,8 +41,7 @@ from repro.data import AUTHORED, RECIPES, Batch, GradedList, collate, combine, l
 from repro.encoder import BiEncoder
 from repro.losses import LOSSES, expand_labels
 
-# (temperature, label temperature) for cosine scores: of each loss's best trial on the label-free start with
-# the other defaults (repro/experiment/results/tuning.json), which a test compares.
+# For cosines: (temperature, label temperature) of each loss's best trial from `base` with the other defaults.
 COSINE = {"infonce": (0.1, 1.0), "kl": (0.1, 0.5), "wasserstein_1d": (0.1, 0.2)}
 COSINE["wasserstein_gaussian"] = (0.2, 1.0)
 CHOICES = {"loss": tuple(LOSSES), "order": (1, 2), "axis": ("grade", "gain"), "target": ("all", "own")}
@@ -105,11 +104,13 @@ class TrainConfig:
         pick_dtype(self.dtype)
 
 def filled(config: TrainConfig, encoder: BiEncoder, lists: int, ranks: int = 1) -> TrainConfig:
-    """The config with numbers for all that it leaves to the kind of encoder and the number of lists.
+    """Freeze the encoder, and fill in what a config leaves to its kind and to the number of lists.
 
     ValueError if the batch does not fit the ranks.  With too few lists a batch is smaller; stderr says so."""
     if config.batch_size % ranks or lists < ranks:
         raise ValueError(f"batch_size: expected a multiple of {ranks} ranks, and so many lists, got {lists}")
+    whole = encoder.model.config.num_hidden_layers if encoder.projection is not None else None
+    encoder.freeze(whole if config.freeze is None else config.freeze)
     size = min(config.batch_size, lists // ranks * ranks)
     if size < config.batch_size:
         print(f"only {lists} lists: a batch is {size} of them, not {config.batch_size}", file=sys.stderr)
@@ -145,7 +146,7 @@ def process_group(device: str) -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         if device in ("auto", "cuda") and torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group()  # gloo for tensors on the CPU, beside it NCCL where there are GPUs
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     with redirect_stdout(None if rank_and_ranks()[0] else sys.stdout):
         yield
     dist.is_initialized() and dist.destroy_process_group()
@@ -214,8 +215,6 @@ def train_encoder(encoder: BiEncoder, lists: Lists, config: TrainConfig, work: P
 
     A folder `work` keeps a checkpoint, from which training goes on.  ValueError if a weight is not finite."""
     rank, ranks = rank_and_ranks()
-    whole = encoder.model.config.num_hidden_layers if encoder.projection is not None else None
-    encoder.freeze(whole if config.freeze is None else config.freeze)
     config, shown = filled(config, encoder, len(lists), ranks), progress and rank == 0
     if encoder.frozen_whole:  # all vectors at once, which a step then looks up
         encoder.mean_vectors([item.query for item in lists], "query", progress=shown)
@@ -294,6 +293,7 @@ def train(config: TrainConfig, lists: Lists | None = None, progress: bool = True
         if work.exists() and any(path.suffix != ".tmp" for path in work.iterdir()):
             same_run(work / "settings.json", record)
         encoder = BiEncoder.load(config.model, str(device), "float32")
+        config = filled(config, encoder, len(lists), ranks)
         if rank == 0:
             work.mkdir(parents=True, exist_ok=True)
             write_json(work / "settings.json", record)  # first, so that what lies here is known as this run's

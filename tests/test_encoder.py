@@ -159,7 +159,7 @@ def test_each_text_is_computed_once_and_kept(tiny_llama: Path, cache: Path, monk
     encoder.prompts["query"] = "why "
     assert not torch.equal(encoder.encode(TEXTS, "query"), plain[1])
 
-@pytest.mark.parametrize("change", "heads eps activation normaliser weights pooling length words".split())
+@pytest.mark.parametrize("change", "heads eps activation normaliser weights cls length words code".split())
 def test_no_other_model_gets_them(change: str, tiny_llama, tmp_path: Path, cache: Path, monkeypatch) -> None:
     monkeypatch.setattr(encoder_module, "WORTH_A_FILE", 2)
     calls = counted(monkeypatch)
@@ -177,13 +177,16 @@ def test_no_other_model_gets_them(change: str, tiny_llama, tmp_path: Path, cache
         encoder = weighted(one, mapped=True)
         if one == folder:
             encoder.max_length = 9 if change == "length" else encoder.max_length
-            encoder.pooling = "cls" if change == "pooling" else encoder.pooling
+            encoder.pooling = "cls" if change == "cls" else encoder.pooling
             encoder.token_weights[3] += change == "words"
             encoder.model.norm.weight.data[0] += change == "weights"
+        if one == folder and change == "code":
+            monkeypatch.setattr(encoder_module, "POOLING_VERSION", 0)
         encoder.freeze(4)
         prints.append(encoder.fingerprint)
         encoder.encode(TEXTS)
     assert prints[0] != prints[1] and sum(calls) // len(TEXTS) == 2 == len([*cache.glob("vectors/*.npy")])
+    monkeypatch.undo()
     again = weighted(tiny_llama, mapped=True)
     again.encode(TEXTS)  # leaves truncation settings in the tokenizer, which do not count
     again.freeze(4)

@@ -139,7 +139,8 @@ def test_the_record_of_the_command(loaded, tmp_path, capsys):
     assert Path("/dev/null").is_char_device() and "recall@100: only the best 4" in capsys.readouterr().err
 
 @pytest.mark.parametrize(("options", "message"), [
-    ("--top-k 6", "top-k is 6, expected 1 to 5"), ("--top-k 0", "top-k is 0"),
+    ("--top-k 6", "top-k is 6, expected 1 to 5"), ("--top-k 0 --out new/x", "top-k is 0"),
+    ("--dtype int32", "unknown dtype 'int32'"), ("--model bm25 --device abacus", "'abacus' is not usable"),
     ("--measures map@3", "unknown measure 'map@3'"), ("--batch-size 0", "batch-size is 0"),
     ("--run new --out new", "--out and --run name the same file"), ("--run tiny", "is a folder"),
     ("--run other/r.trec", "cannot be written"), ("--run other", "was not written by this command"),

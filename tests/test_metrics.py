@@ -104,13 +104,3 @@ def test_run_file(tmp_path):
     assert [row[3] for row in rows] == ["1", "2", "3", "1"]
     read = [(qid, pid, float(score)) for qid, _, pid, _, score, _ in rows]
     assert sorted(read) == sorted((q, p, score) for q, found in run.items() for p, score in found.items())
-
-@pytest.mark.parametrize(("run", "tag", "message"), [
-    ({"q": {"a b": 1.0}}, "t", "id 'a b'"), ({"q\n": {"a": 1.0}}, "t", "id 'q"),
-    ({"q": {"a": 1.0}}, "my tag", "id 'my tag'"), ({"q": {"": 1.0}}, "t", "id ''"),
-    ({"q": {"a": math.nan}}, "t", "query q, passage a: score")])
-def test_a_refused_run_leaves_the_old_file(tmp_path, run, tag, message):
-    (tmp_path / "r").write_text("old")
-    with pytest.raises(ValueError, match=message):
-        metrics.write_run({"fine": {"a": 1.0}, **run}, tmp_path / "r", tag)
-    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("r", "old")]

@@ -89,6 +89,7 @@ def test_the_command_that_draws_the_picture_overwrites_pictures_only(tmp_path: P
         plots.main(str(tmp_path / "b.png"))
 
 def test_readme_fits_and_its_commands_exist(capsys: pytest.CaptureFixture) -> None:
+    assert "--execute reproduce.ipynb --output-dir runs" in README  # so that no tracked file changes
     assert len(README.encode()) <= 8192 and len(re.sub(r"```.*?```", "", README, flags=re.S).split()) <= 900
     for path in re.findall(r"\]\((?!http)([^)]+)\)", README):
         assert (ROOT / path).exists(), path

@@ -132,7 +132,7 @@ def report(runs: Sequence[Run], tuning: dict[str, dict]) -> str:
     if (path := claims.RESULTS / "bench.json").exists():
         at, rows = map(json.loads(path.read_text(encoding="utf-8")).get, ("machine", "rows"))
         where = ", ".join(f"{key} {value}" for key, value in at.items())
-        parts += ["## Speed", f"By `python tests/bench/bench.py`, in turns, the ratio is a median; {where}:"]
+        parts += ["## Speed", f"By `tests/bench/bench.py --data dl19-pool`, medians of turns; {where}:"]
         parts.append(_table(rows[0], map(dict.values, rows)))
     return "\n\n".join(parts) + "\n"
 
