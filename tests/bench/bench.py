@@ -30,9 +30,9 @@ import transformers
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 from repro import checkpoints, data, encoder, evaluate, generate, losses, metrics, prompts, train
+from repro.experiment import report
 
 OUT = Path(losses.__file__).parent / "experiment" / "results" / "bench.json"
 COLUMNS = ("what", "format", "peer", "unit", "ours", "peer's", "ratio", "goal", "note")
@@ -210,8 +210,8 @@ def bench_commands(collection: str) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as new:
         for what, goal, more, command in (("first run, empty cache", 5, {"SYCL_CACHE": new}, ["-c", first]),
                 ("notebook", 10, {}, [*notebook, new]), ("tests", 4, {}, ["-m", "pytest", "-q", "tests"])):
-            options, start = {"cwd": ROOT, "env": os.environ | more, "check": True}, time.perf_counter()
-            subprocess.run([sys.executable, *command], capture_output=True, **options)
+            options, start = {"cwd": sys.path[0], "env": os.environ | more}, time.perf_counter()
+            subprocess.run([sys.executable, *command], check=True, capture_output=True, **options)
             made = (what, "", "--only commands", "minutes", round((time.perf_counter() - start) / 60, 1))
             yield dict(zip(COLUMNS, (*made, "", "", goal, ""), strict=True))
 
@@ -229,6 +229,7 @@ def main() -> None:
         rows[tuple(new.values())[:3]] = new
         if not QUICK:
             checkpoints.write_json(OUT, {"machine": here, "rows": list(rows.values())})
+            report.main([])  # the results page
 
 if __name__ == "__main__":
     main()
