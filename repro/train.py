@@ -42,7 +42,7 @@ from repro.encoder import BiEncoder
 from repro.losses import LOSSES, expand_labels
 
 # For cosines: (temperature, label temperature) of each loss's best trial from `base` with the other defaults.
-COSINE = {"infonce": (0.1, 1.0), "kl": (0.1, 0.5), "wasserstein_1d": (0.1, 0.2)}
+COSINE = {"infonce": (0.2, 1.0), "kl": (0.2, 0.2), "wasserstein_1d": (0.1, 0.2)}
 COSINE["wasserstein_gaussian"] = (0.2, 1.0)
 CHOICES = {"loss": tuple(LOSSES), "order": (1, 2), "axis": ("grade", "gain"), "target": ("all", "own")}
 CHOICES["recipe"] = (*RECIPES, "real")

@@ -12,8 +12,7 @@ from typing import Any
 
 from repro.data import AUTHORED, GradedList, combine, load_lists, real_lists, recipe, split_lists
 
-BATCH, SPLIT_SEED = 16, 0
-HELD_OUT, QUESTIONS = 0.1, 150  # share of the authored lists, and WikiQA train questions, for development
+BATCH, SPLIT_SEED, HELD_OUT, QUESTIONS = 16, 0, 0.1, 150  # held out: of authored lists, and of WikiQA
 
 @dataclass(frozen=True)
 class Start:

@@ -126,14 +126,15 @@ def report(runs: Sequence[Run], tuning: dict[str, dict]) -> str:
                 tried = {trial[key] for trial in found["trials"]}
                 edge = len(tried) > 2 and value in (min(tried), max(tried))
                 shown.append(f"{key} {value}" + " (edge)" * edge)
-            best = max(trial["ndcg@10"] for trial in found["trials"])
-            rows.append((arm, len(found["trials"]), f"{found['start']:.3f}", f"{best:.3f}", ", ".join(shown)))
-        parts += ["Tuning, on development data:", _table(("arm", "trials", "start", "best", "with"), rows)]
+            scores = f"{found['start']:.3f}", f"{max(trial['ndcg@10'] for trial in found['trials']):.3f}"
+            rows.append((arm, len(found["trials"]), found.get("sentences", "all"), *scores, ", ".join(shown)))
+        parts += ["Tuning, on WikiQA's questions over so many sentences of it, and on held-out lists:"]
+        parts += [_table(("arm", "trials", "sentences", "start", "best", "with"), rows)]
     if (path := claims.RESULTS / "bench.json").exists():
         at, rows = map(json.loads(path.read_text(encoding="utf-8")).get, ("machine", "rows"))
         where = ", ".join(f"{key} {value}" for key, value in at.items())
-        parts += ["## Speed", f"By `tests/bench/bench.py --data dl19-pool`, medians of turns; {where}:"]
-        parts.append(_table(rows[0], map(dict.values, rows)))
+        parts += [f"## Speed\n\nBy `tests/bench/bench.py --data dl19-pool`, medians of turns; {where}:",
+                  _table(rows[0], map(dict.values, rows))]
     return "\n\n".join(parts) + "\n"
 
 def main(argv: list[str] | None = None) -> int:
