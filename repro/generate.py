@@ -127,8 +127,8 @@ class ServerGenerator:
             raise ValueError("expected --base-url http(s)://HOST:PORT/v1 and, if any, a plain OPENAI_API_KEY")
         self.name, self.workers, self.batch_size, self.tries, self.pause = model, workers, 2 * workers, 5, 1.0
         self.url, self.context, self.prompt = url.rstrip("/") + "/chat/completions", 10**9, str
-        headers = {"Accept-Encoding": "identity"}  # packed bytes would have no LIMIT
-        self.client = OneReply(base_url=self.url, api_key=self.key or "EMPTY", headers=headers)  # not hub's
+        headers = {"Accept-Encoding": "identity"}  # LIMIT is of plain bytes; if no key, not the hub's
+        self.client = OneReply(base_url=self.url, api_key=self.key or "EMPTY", headers=headers)
         transport = httpx2.HTTPTransport(limits=httpx2.Limits())  # as many connections as there are workers
         self.client.http = httpx2.Client(transport=transport, timeout=120)
 
