@@ -57,8 +57,9 @@ def test_bad_input_is_refused_before_any_run(wikiqa: str, monkeypatch, capsys) -
     for place, message in (("no-such", "no-such: expected a folder"), (wikiqa + "/.", "the same name")):
         assert run.main(["--wikiqa", wikiqa, "--data", wikiqa, place]) == 2
         assert message in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        run.main(["--wikiqa", wikiqa, "--arm", "1-D V"])
+    for more in (["--arm", "1-D V"], ["--start", "all-minilm-l6-v2", "--group", "queries"]):
+        with pytest.raises(SystemExit):
+            run.main(["--wikiqa", wikiqa, *more])
 
 def test_runs_are_recorded_once(wikiqa: str, tmp_path: Path, tiny_bert: Path, monkeypatch, capsys) -> None:
     done, name, fit = [], tiny_bert.name, run.train_encoder
@@ -70,17 +71,16 @@ def test_runs_are_recorded_once(wikiqa: str, tmp_path: Path, tiny_bert: Path, mo
     command = ["--wikiqa", wikiqa, "--start", name, "--arm", "1-D W", "--dtype", "float32", "--data", wikiqa]
     counts = [(run.main([*command, *more]), len(done)) for more in ((), (), ("sample",))]
     found, table = claims.read_runs(run.RESULTS), claims.read_tuning(run.RESULTS)[name]["1-D W"]
-    assert counts == [(0, 4), (0, 4), (0, 6)] and [run["seed"] for run in found] == [0, 1, None]
+    assert counts == [(0, 4), (0, 4), (0, 6)] and [run["seed"] for run in found] == [None, 0, 1, None]
     assert all({*r["collections"]} == {"sample", "wikiqa"} for r in found)
-    assert len({str(r["per_query"]) for r in found}) == 3  # two seeds and the start are three models
+    assert len({str(r["per_query"]) for r in found}) == 4  # two seeds, the start and BM25 are four models
     best, *_, worst = sorted(table["trials"], key=lambda trial: -trial["ndcg@10"])
     assert best["ndcg@10"] > worst["ndcg@10"] and table["best"].items() <= best.items()
     assert len(table["trials"]) == 2 * len(arms.AVERAGES) and len({begun for _, begun in done}) == 1
     assert [config.seed for config, _ in done] == [0, 0, 0, 1, 0, 1]
     assert all(table["best"].items() <= vars(config).items() for config, _ in done[2:])
-    third = shutil.copytree(wikiqa, tmp_path / "third")
-    assert run.main([*command[:-3], "bfloat16", "--data", str(third)]) == 2 and len(done) == 6
-    assert "has dtype 'float32', this run 'bfloat16'" in capsys.readouterr().err
+    assert run.main([*command[:-3], "bfloat16", "--data", str(shutil.copytree(wikiqa, tmp_path / "b"))]) == 2
+    assert len(done) == 6 and "has dtype 'float32', this run 'bfloat16'" in capsys.readouterr().err
 
 def test_the_lines_that_build_dl19_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -73,6 +73,7 @@ ABLATIONS: dict[str, list[Arm]] = {
                 for n in CORE for q in (100, 300, 1000)],
     "generator": [variant(n, f"by {g}", g) for n in CORE[1:] for g in ("authored", "smollm2")],
     "best and worst": [variant("1-D W", "best and worst passage", "ends")]}
+ABLATED = {"base": (*ABLATIONS,), "all-minilm-l6-v2": ("order and axis",)}  # there a run takes ten minutes
 
 def draws(start: str, arm: Arm) -> list[dict[str, Any]]:
     """What tuning tries for an arm, the same in every call: a seeded Latin hypercube, nothing in it twice."""

@@ -22,12 +22,11 @@ from repro.checkpoints import ending, machine, pick_device, pick_dtype, write_js
 from repro.data import as_collection, load_beir
 from repro.encoder import BiEncoder
 from repro.evaluate import evaluate_model
-from repro.experiment.arms import ABLATIONS, AVERAGES, BATCH, MAIN, STARTS, Arm, Sources, draws
+from repro.experiment.arms import ABLATED, ABLATIONS, AVERAGES, BATCH, MAIN, STARTS, Arm, Sources, draws
 from repro.experiment.claims import RESULTS, read_runs, read_tuning, write_runs
 from repro.train import TrainConfig, train_encoder
 
-DIGITS = 5
-REFERENCES = {"BM25": "bm25"}  # of no start
+DIGITS, REFERENCES = 5, {"BM25": "bm25"}  # of no start
 
 class Study:
     """What the runs of one start share: its encoder, the lists, the collections, the records."""
@@ -54,8 +53,7 @@ class Study:
             for lists in self.sources.files:
                 encoder.mean_vectors([item.query for item in lists], "query", progress=True)
                 encoder.mean_vectors([p for item in lists for p in item.passages], "passage", progress=True)
-            sentences, _, _ = load_beir(self.args.wikiqa, "train")
-            encoder.mean_vectors([*sentences.values()], "passage", progress=True)
+            encoder.mean_vectors([*self.development[1][0].values()], "passage", progress=True)
         return encoder
 
     @cached_property
@@ -153,10 +151,9 @@ class Study:
 
 def jobs(args: argparse.Namespace, start: str) -> list[tuple[str, Any, int | None]]:
     """(group, arm, seed) of all runs of a start; the arms inside, so that they have equally many seeds."""
-    names = ("start", *REFERENCES) if start == "base" else ("start",)
-    wanted = [("references", name, None) for name in names if "references" in args.group]
+    wanted = [("references", name, None) for name in ("start", *REFERENCES) if "references" in args.group]
     for group in args.group:
-        arms = MAIN if group == "main" else ABLATIONS.get(group, ()) if start == "base" else ()
+        arms = MAIN if group == "main" else ABLATIONS[group] if group in ABLATED.get(start, ()) else ()
         seeds = range(STARTS[start].seeds if group == "main" else 3)
         wanted += [(group, arm, n) for n in seeds for arm in arms if not args.arm or arm.name in args.arm]
     return wanted
@@ -174,6 +171,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--device", default="cpu")
     add("--dtype", default="auto", help="of the arms that train whole (default: bfloat16 where it is native)")
     args = parser.parse_args(argv)
+    if not any(jobs(args, start) for start in args.start):
+        parser.error(f"--group and --arm leave no run of {' or '.join(args.start)}")
     def work() -> None:
         for start in args.start:
             study, left = Study(start, args), jobs(args, start)
