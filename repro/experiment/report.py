@@ -22,8 +22,8 @@ mean over collections of the mean paired difference in nDCG@10, seeds averaged q
 test. A collection without a vote ({", ".join(NO_VOTE)}) stays out of it, and of means over collections. A
 claim *holds* if p, Holm-corrected over the five claims of a start, is at most {claims.LEVEL} and the
 difference above 0; it *does not hold* if that p is at most {claims.LEVEL} and the difference below 0, or if
-the interval ends below {claims.WORTHWHILE}; else it is *undecided*. An empty cell was not measured with all
-seeds. "InfoNCE" has the released binary recipe, "InfoNCE, all lower" all passages; "start" is not trained."""
+the interval ends below {claims.WORTHWHILE}; else it is *undecided*. Empty: a seed was not run. "InfoNCE" is
+the released recipe; "all lower" has negatives 2, 1, 0, "middle left out" only 0; "start" is not trained."""
 HOW = """Two commands make every row, from nothing (start one for each core with OMP_NUM_THREADS=1; a stopped
 one goes on) and from the records; `--start base --data sample` adds that column. The names are BEIR folders;
 wikiqa has the ids of wikiqa-graded.jsonl; `cached_prompts/README.md` says how to build dl19-pool.
@@ -102,8 +102,8 @@ def summary(runs: Sequence[Run]) -> str:
     names = ", ".join(_order({name for run in runs for name in run["collections"]} - {*NO_VOTE}))
     for place, arms in seeds.items():  # the arms of an unfinished start may have unequally many
         seeds[place] = " or ".join(sorted({" ".join(map(str, sorted(found))) for found in arms.values()}))
-    about = "; ".join(map(" ".join, sorted(seeds.items())))
-    table, text = _table(("", *STARTS), rows), f"Difference in nDCG@10, 95 % interval, on {names}. {about}."
+    table, about = _table(("", *STARTS), rows), f"{names}. " + "; ".join(map(" ".join, sorted(seeds.items())))
+    text = f"nDCG@10 difference, 95 % interval (“does not hold”: ends below {claims.WORTHWHILE}), on {about}."
     return f"{one_line(text, 897 - len(table.encode()))}\n\n{table}\n"
 
 def report(runs: Sequence[Run], tuning: dict[str, dict]) -> str:
@@ -127,9 +127,9 @@ def report(runs: Sequence[Run], tuning: dict[str, dict]) -> str:
                 edge = len(tried) > 2 and value in (min(tried), max(tried))
                 shown.append(f"{key} {value}" + " (edge)" * edge)
             scores = f"{found['start']:.3f}", f"{max(trial['ndcg@10'] for trial in found['trials']):.3f}"
-            rows.append((arm, len(found["trials"]), found.get("sentences", "all"), *scores, ", ".join(shown)))
-        parts += ["Tuning, on WikiQA's questions over so many sentences of it, and on held-out lists:"]
-        parts += [_table(("arm", "trials", "sentences", "start", "best", "with"), rows)]
+            rows.append((arm, len(found["trials"]), *scores, ", ".join(shown)))
+        parts += ["Tuning, on WikiQA's questions over all its sentences, and on held-out lists:"]
+        parts += [_table(("arm", "trials", "start", "best", "with"), rows)]
     if (path := claims.RESULTS / "bench.json").exists():
         at, rows = map(json.loads(path.read_text(encoding="utf-8")).get, ("machine", "rows"))
         where = ", ".join(f"{key} {value}" for key, value in at.items())
