@@ -130,11 +130,11 @@ def check_new_folder(folder: str | Path) -> Path:
 def new_folder(folder: str | Path) -> Iterator[Path]:
     """Yield a scratch folder that becomes `folder` if the block ends well; see `check_new_folder`."""
     path = check_new_folder(folder)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name[:100]}.", suffix=".tmp", dir=path.parent))
+    scratch = path.with_name(f".{path.name[:100]}.{os.urandom(4).hex()}.tmp")
+    scratch.mkdir(parents=True)
     try:
         yield scratch
-        scratch.chmod(0o755)  # mkdtemp makes it private
+        [f.chmod(scratch.stat().st_mode & 0o666) for f in scratch.rglob("*") if f.is_file()]  # were private
         if path.exists():
             path.rmdir()  # empty, as checked above
         scratch.rename(path)
@@ -252,7 +252,7 @@ def resolve(name: str | Path) -> tuple[str, str | None]:
     if re.fullmatch(r"\w[\w.-]*/[\w.-]+(@[\w./-]+)?", text):
         where, _, revision = text.partition("@")
         return where, revision or None
-    names = ", ".join(["base", *sorted(WHEELS)])
+    names = ", ".join(["base"] * (text != "base") + sorted(WHEELS))
     raise ValueError(f"unknown model {text!r}: expected a folder, a hub id such as owner/name, or {names}")
 
 def load_pretrained(name: str | Path, auto_class: Any = AutoModel, **options: Any) -> Any:

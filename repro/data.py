@@ -214,10 +214,10 @@ def load_lists(paths: Iterable[Place], queries_from: Place | None = None, split:
     for name in names:
         found = _from_file(files[name], texts) if name in files else _from_beir(name, queries_from, split)
         for item in found:
-            key = item.id if item.id not in lists else f"{Path(name).name}:{item.id}"
-            if key in lists:
+            keys = item.id, f"{Path(name).name}:{item.id}", f"{name}:{item.id}"
+            if names.count(name) > 1 or keys[2] in lists:
                 raise ValueError(f"{name}: list {item.id!r} is there already; is the file named twice?")
-            lists[key] = replace(item, id=key)
+            lists[key] = replace(item, id=(key := next(k for k in keys if k not in lists)))
     return list(lists.values())
 
 def recipe(lists: Lists, name: str, seed: int) -> Lists:

@@ -162,7 +162,7 @@ def _command(model: str, data: str, split: str, out: Path | None, run: Path | No
         out = run = None  # the first rank writes
     out = out and checked_output(out, re.compile(r'\{"collection": ').match)  # how an own file begins
     own = re.escape(re.sub(r"\s+", "_", _plain_name(model)))  # another model's run is not overwritten
-    run = run and checked_output(run, re.compile(rf"\S+ Q0 \S+ \d+ \S+ {own}\s*$").match)
+    run = run and checked_output(run, re.compile(rf"[^ ]+ Q0 [^ ]+ \d+ \S+ {own}\s*$").match)
     if out and run and out.resolve() == run.resolve() and (out.is_file() or not out.exists()):
         raise ValueError(f"{out}: --out and --run name the same file")
     collection = load_beir(data, split=split)

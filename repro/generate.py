@@ -36,7 +36,7 @@ LIMIT = 4_000_000  # bytes of a server's reply
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn: `top_k` 0 means from all tokens, temperature 0 the likeliest one."""
+    """How tokens are drawn: `top_k` 0 means from all tokens, temperature under 1e-6 the likeliest one."""
 
     max_new_tokens: int = 100  # a passage asked for: a reply of `all-levels` may have four times as many
     temperature: float = 0.7
@@ -100,7 +100,7 @@ class LocalGenerator:
 
         try:
             made = self.model.generate(ids.clamp(min=0), attention_mask=mask, max_new_tokens=size,
-                                       logits_processor=[draw] if sampling.temperature else [])
+                                       logits_processor=[draw] if sampling.temperature >= 1e-6 else [])
         except torch.OutOfMemoryError as error:
             raise ValueError(f"memory ran out with {len(jobs)} prompts; lower --batch-size") from error
         return self.tokenizer.batch_decode(made[:, ids.shape[1] :], skip_special_tokens=True)

@@ -51,11 +51,11 @@ NUMBER = r"(?P<number>[0-9]{1,2}|zero|one|two|three|four)"
 NOUN = r"(?:relevance )?(?:level|grade|score|passage|rating)s?"
 KEY = re.compile(rf"(?i)[^\w-]*(?:(?:{NOUN}[\s_:#-]*)?{NUMBER}\b.{{0,60}}|(?P<name>{NAMES})(?:.passage)?)\W*")
 LABEL = re.compile(  # how a line opens: "Level 3:", "**3** ", "[3] ", "## Grade three", "Highly relevant - "
-    rf"(?im)^(?:[*•+][ \t]+)?[ \t#>_`\"'(\[-]*(?P<bold>\*\*)?\*?[ \t]*\[?(?P<square>(?<=\[))?"
+    rf"(?im)^(?:(?:[*•+]|\d\d?[.)](?=[ *_]*(?:{NOUN}[ \t#:-]*\d|{NAMES})))[ \t]+)?"
+    r"[ \t#>_`\"'(\[-]*(?P<bold>\*\*)?\*?[ \t]*\[?(?P<square>(?<=\[))?"
     rf"(?:{NOUN}[ \t]*[:#-]?[ \t]*{NUMBER}|(?P<bare>[0-9])|(?P<name>{NAMES}))(?![\w%])"
     rf"(?:[ \t]*[.:(),*–—-]*[ \t]*\(?(?:{NAMES})(?![\w]))?"
-    r"(?:[ \t_`*)\]]*(?:[:.)=–—-]+[ \t*_`]*|$)"
-    r"|(?(square)\][ \t*_`]*|(?(bold)[:.)]*\*\*[ \t]*|(?!))))")
+    r"(?:[ \t_`*)\]]*(?:[:.)=–—-]+[ \t*_`]*|$)|(?(square)\][ \t*_`]*|(?(bold)[:.)]*\*\*[ \t]*|(?!))))")
 SINGLE = re.compile(r"(?s)([{\[,:]\s*)'(.{0,1200}?)'(?=\s*(?:[:}\]]|,\s*['\"\d}{]))")  # a string of near-JSON
 FENCE = re.compile(r"`{3,}[ \t]*[a-zA-Z]*|~{3,}|(?m:^[ \t]*[-*_=]{3,}[ \t]*$)")  # also a line of -, *, _ or =
 Found = list[tuple[int, object]]  # (level, what stands there), in the order of the reply

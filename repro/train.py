@@ -118,7 +118,7 @@ def filled(config: TrainConfig, encoder: BiEncoder, lists: int, ranks: int = 1) 
     temperature, label_temperature = COSINE[config.loss] if encoder.normalise else (1.0, 1.0)
     defaults = {"temperature": temperature, "label_temperature": label_temperature}
     defaults |= {"lr": 4e-4 if encoder.frozen_whole or config.freeze else 1e-5, "epochs": epochs}
-    defaults["steps"] = max(1, epochs * (lists // size) // config.accumulate)
+    defaults["steps"] = epochs * (lists // size) // config.accumulate
     values = {key: value for key, value in defaults.items() if getattr(config, key) is None}
     return replace(config, batch_size=size, **values)
 

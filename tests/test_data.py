@@ -121,9 +121,9 @@ def test_caches_and_plain_lists(tmp_path: Path, capsys: pytest.CaptureFixture) -
     packed.write_bytes(gzip.compress(packed.read_bytes()))
     assert load_lists([packed]) == [GradedList("1", "a", ["x", "y"], [3, 0])]
     assert "1 of 2 queries have no passages" in capsys.readouterr().err
-    again = lines(tmp_path / "again.jsonl", rows[2:])
-    assert [item.id for item in load_lists([packed, again])] == ["1", "again.jsonl:1"]
-    refused("named twice", load_lists, [packed, again, again])
+    again, third = (lines(tmp_path / name, rows[2:]) for name in ("again.jsonl", "b/again.jsonl"))
+    assert [x.id for x in load_lists([packed, again, third])] == ["1", "again.jsonl:1", f"{third}:1"]
+    refused("named twice", load_lists, [again, again])
     refused("found none", load_lists, [again, lines(tmp_path / "none.jsonl", "")])
     clash = lines(tmp_path / "clash.jsonl", [*rows, {"id": "1", "query": "another", "passages": good}])
     refused(r"clash\.jsonl:5: .*'1' has another query at .*clash\.jsonl:1", load_lists, clash)

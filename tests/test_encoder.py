@@ -64,6 +64,7 @@ def test_saved_folder_gives_the_same(kind: str, request: pytest.FixtureRequest, 
     encoder = weighted(request.getfixturevalue(kind), mapped=kind == "tiny_llama", max_length=9)
     texts = [*TEXTS, "how long does it take to bake bread dough with tea and coffee beans"]
     encoder.save(tmp_path / "all")
+    assert len({path.stat().st_mode & 0o44 for path in (tmp_path / "all").rglob("*")}) == 1  # all may read
     other = SentenceTransformer(str(tmp_path / "all"), device="cpu")
     assert_close(torch.from_numpy(other.encode(texts)), encoder.encode(texts))
     encoder.prompts["passage"] = "why "  # an empty query prompt stays empty beside the default one
@@ -88,8 +89,7 @@ def test_folder_written_by_sentence_transformers(tiny_bert: Path, tmp_path: Path
     for name, modules in {"plain": parts, "mapped": [*parts[:2], linear, parts[2]]}.items():
         theirs = SentenceTransformer(modules=modules, device="cpu", prompts=prompts)
         theirs.save(str(tmp_path / name))
-        ours = BiEncoder.load(tmp_path / name, device="cpu")
-        assert ours.max_length == 20
+        assert (ours := BiEncoder.load(tmp_path / name, device="cpu")).max_length == 20
         for side, prompt in (("query", "query"), ("passage", "document")):
             encoded = torch.from_numpy(theirs.encode(TEXTS, prompt_name=prompt))
             assert_close(ours.encode(TEXTS, side), encoded)

@@ -19,7 +19,7 @@ def lines(form, order=(3, 2, 1, 0)):  # {0} number, {1} text, {2} meaning, {3} n
     return "\n".join(form.format(n, GOOD[n], *NAMES[n].rsplit(" ", 1)) for n in order)
 
 LINES = "Level {0}: {1}|{0}. {1}\n|({0}) - {1}|[{0}] {1}|**[{0}]** {1}|- [Level {0}] {1}|**{0}** {1}|{2}: {1}"
-LINES += '|[{0}] "{1}"|* **Level {0}**: {1}|• Level {0}: “{1}”'
+LINES += '|[{0}] "{1}"|* **Level {0}**: {1}|• Level {0}: “{1}”|7. Level {0}: {1}'
 LINES += "|**Level {0}:** {1}|## Level {0}\n\n{1}\n|Grade {3}: {1}|{0}. {2}: {1}|  Level {0} :   {1}\t\n"
 FORMS = [*map(lines, LINES.split("|")), lines("Level {0}: {1}", range(4)), lines("{0}: {1}", (3, 2, 1, 0, 3)),
          JSON, JSON[:-1] + ",}", JSON[:-1], str(TEXTS), str(GOOD), f"\n```json\n{JSON}\n```\nIs {{it}} ok?",

@@ -134,10 +134,10 @@ def test_finished_and_foreign_folder(tiny_llama: Path, tmp_path: Path, capsys, m
         (tmp_path / name).mkdir()
         (tmp_path / name / "thesis.txt").write_text("precious")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    for options, message in [
-            ({"seed": 1}, "seed is 0 there and 1 here"), ({"name": "foreign"}, "not empty"),
-            ({"name": "mine"}, "no run of this command"), ({"name": "link"}, "symlink"),
-            ({"out": "."}, "working folder"), ({"name": "new", "freeze": 9}, "freeze: expected")]:
+    for options, message in [({"seed": 1}, "seed is 0 there and 1 here"), ({"name": "link"}, "symlink"),
+            ({"name": "foreign"}, "not empty"), ({"name": "mine"}, "no run of this command"),
+            ({"out": "."}, "working folder"), ({"name": "new", "freeze": 9}, "freeze: expected"),
+            ({"name": "new", "accumulate": 99}, "steps: expected a number of 1 or more, got 0")]:
         with pytest.raises(ValueError, match=message):
             run(tmp_path, tiny_llama, **options)
     with pytest.raises(ValueError, match="lists_sha256"):
