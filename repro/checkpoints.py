@@ -134,7 +134,7 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     scratch.mkdir(parents=True)
     try:
         yield scratch
-        [f.chmod(scratch.stat().st_mode & 0o666) for f in scratch.rglob("*") if f.is_file()]  # were private
+        [f.chmod(scratch.stat().st_mode & 0o666) for f in scratch.rglob("*") if f.is_file()]  # weights: 0600
         if path.exists():
             path.rmdir()  # empty, as checked above
         scratch.rename(path)

@@ -201,23 +201,23 @@ def _from_beir(place: str, queries_from: Place | None, split: str) -> Lists:
     return _kept(place, [x for x in lists if x.grades[0]], len(lists), "queries have no relevant passage")
 
 def load_lists(paths: Iterable[Place], queries_from: Place | None = None, split: str = "train") -> Lists:
-    """Lists of files and collections, best passage first; an id used before gets its path's name before it.
+    """Lists of files and collections, best passage first; an id in use gets its file's name or path before.
 
     A file (.jsonl, .jsonl.gz) has lines {"query", "passages": {"3": ..., "0": ...}}, maybe with `id`; null
     passages are counted on stderr, a later good record replaces an earlier.  A collection gives its judged
     passages.  Texts of queries that are missing come from the collection `queries_from` (`mteb/msmarco` for
     the released ones), checked by `query_sha256` if a line has it.  ValueError for a bad row or no lists."""
     names = [str(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
+    if len({*names}) < len(names):
+        raise ValueError(f"lists: expected each file once, one is named twice: {', '.join(names)}")
     files = {n: f for n in names if (f := Path(n).expanduser()).is_file() or n.endswith((".jsonl", ".gz"))}
     texts = _texts(str(queries_from), "queries") if queries_from and files else {}
     lists: dict[str, GradedList] = {}
     for name in names:
         found = _from_file(files[name], texts) if name in files else _from_beir(name, queries_from, split)
-        for item in found:
-            keys = item.id, f"{Path(name).name}:{item.id}", f"{name}:{item.id}"
-            if names.count(name) > 1 or keys[2] in lists:
-                raise ValueError(f"{name}: list {item.id!r} is there already; is the file named twice?")
-            lists[key] = replace(item, id=(key := next(k for k in keys if k not in lists)))
+        for x in found:
+            key = next(k for k in (x.id, f"{Path(name).name}:{x.id}", f"{name}:{x.id}") if k not in lists)
+            lists[key] = replace(x, id=key)
     return list(lists.values())
 
 def recipe(lists: Lists, name: str, seed: int) -> Lists:

@@ -64,7 +64,7 @@ def test_saved_folder_gives_the_same(kind: str, request: pytest.FixtureRequest, 
     encoder = weighted(request.getfixturevalue(kind), mapped=kind == "tiny_llama", max_length=9)
     texts = [*TEXTS, "how long does it take to bake bread dough with tea and coffee beans"]
     encoder.save(tmp_path / "all")
-    assert len({path.stat().st_mode & 0o44 for path in (tmp_path / "all").rglob("*")}) == 1  # all may read
+    assert len({path.stat().st_mode & 0o44 for path in (tmp_path / "all").rglob("*")}) == 1  # as its folders
     other = SentenceTransformer(str(tmp_path / "all"), device="cpu")
     assert_close(torch.from_numpy(other.encode(texts)), encoder.encode(texts))
     encoder.prompts["passage"] = "why "  # an empty query prompt stays empty beside the default one

@@ -23,7 +23,7 @@ test. A collection without a vote ({", ".join(NO_VOTE)}) stays out of it, and of
 claim *holds* if p, Holm-corrected over the five claims of a start, is at most {claims.LEVEL} and the
 difference above 0; it *does not hold* if that p is at most {claims.LEVEL} and the difference below 0, or if
 the interval ends below {claims.WORTHWHILE}; else it is *undecided*. Empty: a seed was not run. "InfoNCE" is
-the released recipe; "all lower" has negatives 2, 1, 0, "middle left out" only 0; "start" is not trained."""
+the released binary recipe; "all lower" has negatives 2, 1, 0, "middle left out" 0; "start" is untrained."""
 HOW = """Two commands make every row, from nothing (start one for each core with OMP_NUM_THREADS=1; a stopped
 one goes on) and from the records; `--start base --data sample` adds that column. The names are BEIR folders;
 wikiqa has the ids of wikiqa-graded.jsonl; `cached_prompts/README.md` says how to build dl19-pool.
