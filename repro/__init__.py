@@ -1,5 +1,6 @@
 """SyCL, reproduced: graded synthetic passages, list-wise losses, a bi-encoder, nDCG.
 
-Read the modules in the order in which the data flows: files, checkpoints -> prompts -> generate -> data ->
-losses -> start -> encoder -> train -> metrics -> evaluate -> plots; `experiment` puts them to the test.
+Read in the order of the notebook: data -> prompts -> generate -> losses -> encoder -> recipes ->
+train -> search -> metrics -> evaluate -> plots.  `support` holds what a reader of the method can
+skip; `experiment` puts the method to the test, and nothing else imports it.
 """

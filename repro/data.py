@@ -1,5 +1,7 @@
-"""Collections and graded lists in, batches out; recipes shape lists into what a method trains on.
-The first bad row is a ValueError naming file, line and field; what is left out is counted on stderr.
+"""Collections and graded lists in, batches out.
+
+A row that cannot be used is a ValueError that names file, line and field.  What stands there twice,
+or refers to something that is missing, is counted on stderr and named.
 """
 
 import gzip
@@ -8,298 +10,327 @@ import json
 import random
 import re
 import sys
+import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
 from torch.nn.utils.rnn import pad_sequence
 
-from repro.checkpoints import one_line
+from repro.support.models import hub_folder
 
-AUTHORED = Path(__file__).parents[1] / "cached_prompts" / "authored.jsonl"  # the graded lists of the kit
-COLUMNS = ("query-id", "corpus-id", "score")
-RECIPES = {"graded": "every passage with its own grade",
-           "binary": "the released synthetic binary: a positive drawn from grades 3 and 2, negatives 1 and 0",
-           "ends": "two grades: only the best and the worst passage, as of a prompt for one of each",
-           "merged": "two grades by merging: 3 stays 3; 2, 1 and 0 become 0"}
+AUTHORED = Path(__file__).parents[1] / "cached_prompts" / "authored.jsonl"  # lists that ship
+SAMPLE = Path(__file__).parent / "sample"  # the collection that ships
+HUB_ID = re.compile(r"([\w-]+/[\w.-]+)(?:@([\w.-]+))?/((?:[\w.-]+/)*)")  # owner/name@revision/in/
+
 
 @dataclass(frozen=True)
 class GradedList:
-    """One query, its passages, and one grade a passage (0 = irrelevant; higher is more relevant)."""
+    """One query, its passages, and one grade a passage (0: irrelevant; higher: more relevant)."""
+
     id: str
     query: str
     passages: list[str]
     grades: list[int]
 
+
 Place = str | Path
 Lists = list[GradedList]
 Texts = dict[str, str]  # {id: text}
-Collection = tuple[Texts, Texts, dict[str, dict[str, int]]]  # corpus, queries, qrels
+Qrels = dict[str, dict[str, int]]  # {query id: {passage id: grade}}
+Pairs = list[tuple[int, str]]  # (grade, passage)
+Found = dict[str, tuple[str, Pairs]]  # {id: (query, pairs)}
+Collection = tuple[Texts, Texts, Qrels]  # corpus, queries, qrels
 
-def read_lines(path: str | Path) -> Iterator[tuple[str, str]]:
-    """Yield ("path:number", line) of a UTF-8 text file, plain or .gz; blank lines are left out.
 
-    Raises ValueError if the file is missing, unreadable, damaged or not UTF-8."""
-    path, number = Path(path), 0
+def read_lines(path: Place) -> Iterator[tuple[str, str]]:
+    """Yield ("path:number", line) of a UTF-8 text file, plain or .gz, without blank lines.
+
+    Raises ValueError if the file is missing, unreadable, damaged or not UTF-8.
+    """
+    number = 0
+    opener = gzip.open if str(path).endswith(".gz") else open
     try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
+        with opener(path, "rb") as file:
             for number, raw in enumerate(file, start=1):
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+                line = raw.decode("utf-8-sig").rstrip("\r\n")  # Windows starts files with a mark
                 if line.strip():
                     yield f"{path}:{number}", line
-    except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        raise ValueError(f"{path}:{number}: expected UTF-8 text, found byte {byte:#04x}") from error
-    except (OSError, EOFError, gzip.zlib.error) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ValueError(f"{path}: cannot be read after line {number}: {reason}") from error
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}:{number}: cannot be read as UTF-8 text: {error}") from error
 
-def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield ("path:number", object) of a JSON-lines file.  ValueError for a line that is not one object."""
 
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        if repeated := [key for key in keys if keys.count(key) > 1]:
-            raise ValueError(f"the key {repeated[0]!r} stands there twice")
-        return dict(pairs)
+def read_jsonl(path: Place) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield ("path:number", object) of a JSON-lines file, plain or .gz.
 
+    Raises ValueError for a line that is not one object, and where `read_lines` does.
+    """
     for where, line in read_lines(path):
         try:
-            row = json.loads(line, object_pairs_hook=once)
-            json.dumps(row, ensure_ascii=False).encode("utf-8")  # an escaped lone surrogate is no text
+            row = json.loads(line)
+            json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is no text
+            if not isinstance(row, dict):
+                raise ValueError(f"found {line:.60}")
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: expected one JSON object, but {error}") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{where}: expected one JSON object, found {type(row).__name__}")
         yield where, row
 
+
 def text_field(row: dict[str, Any], field: str, where: str, *, empty: bool = False) -> str:
-    """The string in `row[field]`; an id may be a whole number.  ValueError naming `where` and the field."""
+    """The text in `row[field]` without outer space; a whole number (an id) becomes text.
+
+    Raises ValueError naming `where` and the field; with `empty`, blank text and null are "".
+    """
     value = row.get(field)
-    if field in ("_id", "id", "qid") and type(value) is int:
+    if type(value) is int:
         value = str(value)
+    if empty and field in row and value is None:
+        value = ""
     if not isinstance(value, str) or not (empty or value.strip()):
-        found = "no such field" if field not in row else f"{type(value).__name__} {value!r}"
-        raise ValueError(f"{where}: field {field!r}: expected text, found {found}")
-    return value
+        raise ValueError(f"{where}: field {field!r}: expected text, found {value!r:.60}")
+    return value.strip()
+
 
 def as_grade(value: Any, where: str) -> int:
-    """A whole grade >= 0, from a number or from plain digits.  Raises ValueError naming `where` otherwise."""
-    if isinstance(value, str) and re.fullmatch(" *[0-9]{1,9} *", value):
-        return int(value)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if is_number and 0 <= value < 1e9 and value == int(value):
-        return int(value)
-    raise ValueError(f"{where}: expected a whole grade of 0 or more, found {value!r}")
+    """A whole grade of at most nine digits, from 3, 3.0 or "3".  Else a ValueError with `where`."""
+    digits = re.fullmatch(r" *([0-9]{1,9})(\.0)? *", str(value))
+    if not digits:
+        raise ValueError(f"{where}: expected a whole grade of 0 or more, found {value!r:.60}")
+    return int(digits[1])
 
-def _tsv(path: Path) -> Iterator[tuple[str, dict]]:
-    for position, (where, line) in enumerate(read_lines(path)):
-        fields = tuple(line.split("\t"))
-        if position or fields != COLUMNS:  # a header is that one, or there is none
-            if len(fields) != 3 or not (position or fields[2].strip(" -").isdecimal()):
-                raise ValueError(f"{where}: expected 3 fields {COLUMNS} and tabs, found {fields!r:.80}")
-            yield where, dict(zip(COLUMNS, fields, strict=True))
 
-def _rows(place: str, part: str, split: str = "") -> Iterator[tuple[str, dict]]:
-    """(where, row) of one part: corpus.jsonl (`_id`, `title`, `text`), queries.jsonl (`_id`, `text`) or
-    qrels/SPLIT.tsv (COLUMNS).  On the hub there are three layouts: a config a part (`mteb/...`), judgments
-    apart (`BeIR/...-qrels`), and the bare files, which a folder may hold (`BatsResearch/sycl/...`)."""
-    file = f"{part}/{split}.tsv" if split else f"{part}.jsonl"
-    folder = Path(__file__).parent / "sample" if place == "sample" else Path(place).expanduser()
-    source = next((path for path in (folder / file, folder / f"{file}.gz") if path.is_file()), None)
-    if source is None:
-        hub = re.fullmatch(r"([\w-]+/[\w.-]+)((?:/[\w.-]+)*)", place)
-        if folder.is_dir() or not hub:
-            raise ValueError(f"{place}: expected a folder with {file} (or .gz), a hub id, or 'sample'")
-        try:
-            import datasets  # slow to import, seldom needed
-            configs = [] if hub[2] else datasets.get_dataset_config_names(hub[1])
-            if "corpus" not in configs:
-                source = Path(hf_hub_download(hub[1], f"{hub[2]}/{file}".strip("/"), repo_type="dataset"))
-            elif split:
-                config = next((name for name in ("default", "qrels") if name in configs), None)
-                source = datasets.load_dataset(hub[1] if config else f"{hub[1]}-qrels", config, split=split)
-            else:
-                (source,) = datasets.load_dataset(hub[1], part).values()  # its only split, whatever its name
-        except Exception as error:  # of the network, two libraries, the disk
-            raise ValueError(f"{place} ({file}): neither here nor from the hub: {one_line(error)}") from error
-    if isinstance(source, Path):
-        return read_jsonl(source) if file.endswith(".jsonl") else _tsv(source)
-    return ((f"{place} ({part}), row {n}", row) for n, row in enumerate(source, start=1))
+def report_unusable(place: Place, items: list[str], of: int, why: str) -> None:
+    """Say on stderr how many of a place's `of` items cannot be used, and name the first three.
 
-def _texts(place: str, part: str) -> Texts:
-    texts: Texts = {}
-    for where, row in _rows(place, part):
-        if (key := text_field(row, "_id", where)) in texts:
-            raise ValueError(f"{where}: field '_id': {key!r} stands there already")
-        fields = ("title", "text") if part == "corpus" and row.get("title") is not None else ("text",)
-        found = [text_field(row, field, where, empty=part == "corpus").strip() for field in fields]
-        texts[key] = " ".join(found).strip()
+    Raises ValueError if none is left.
+    """
+    sentence = f"{len(items)} of {of} {why}: {', '.join(items[:3])!r:.200}"
+    if len(items) == of:
+        raise ValueError(f"{place}: found nothing to use: {sentence}")
+    if items:
+        print(f"{place}: {sentence}", file=sys.stderr)
+
+
+def find_file(place: str, file: str) -> Path:
+    """The path of `file`, or of it with .gz, in a folder, in "sample", or fetched from the hub.
+
+    A folder that is not here is a dataset's id on the hub (`mteb/scifact`), maybe with a revision
+    (`mteb/scifact@main`) and a folder in it (`BatsResearch/sycl/llama33_70b`).
+    Raises ValueError if the file is nowhere.
+    """
+    folder = SAMPLE if place == "sample" else Path(place).expanduser()
+    hub = HUB_ID.fullmatch(f"{place}/")
+    if hub and not folder.is_dir():
+        repo_id, revision, inner = hub.groups()
+        folder = hub_folder(repo_id, "dataset", (f"{inner}{file}*",), revision) / inner
+    for path in (folder / file, folder / f"{file}.gz"):
+        if path.is_file():
+            return path
+    raise ValueError(f"{place}: expected a folder with {file} (or .gz), a hub id, or 'sample'")
+
+
+def _texts(place: Place, part: str) -> Texts:
+    """{id: text} of corpus.jsonl (`_id`, `text`, maybe `title`) or queries.jsonl."""
+    path = find_file(str(place), f"{part}.jsonl")
+    texts = {}
+    repeated = []
+    for where, row in read_jsonl(path):
+        key = text_field(row, "_id", where)
+        text = text_field(row, "text", where, empty=True)
+        if part == "corpus" and row.get("title"):
+            text = f"{text_field(row, 'title', where, empty=True)} {text}".strip()
+        if key in texts:
+            repeated.append(where)
+        texts.setdefault(key, text)
+    rows = len(texts) + len(repeated)
+    report_unusable(path, repeated, rows, "rows have the id of an earlier one, left out")
     return texts
 
-def load_beir(path_or_hub_id: Place, split: str = "test", queries_from: Place | None = None) -> Collection:
-    """(corpus {id: title and text}, queries {id: text}, qrels {query id: {passage id: grade}}) of a folder,
-    "sample" or a hub id, maybe with a folder (`BatsResearch/sycl/llama33_70b`).  `queries_from`: another, for
-    the queries.  Only judged queries are returned, as by BEIR.  ValueError for a bad row."""
-    place, qrels, below = str(path_or_hub_id), {}, 0
-    queries, rows = _texts(str(queries_from or place), "queries"), list(_rows(place, "qrels", split))
-    for where, row in rows:
-        query, passage = str(row.get("query-id")), str(row.get("corpus-id"))
-        if query not in queries:
-            raise ValueError(f"{where}: field 'query-id': {query!r} is not among the queries")
-        below += (spam := bool(re.fullmatch(" *-[0-9]+ *", str(row.get("score")))))  # trec_eval's gain is 0
-        grade = 0 if spam else as_grade(row.get("score"), f"{where}: field 'score'")
-        if (earlier := qrels.setdefault(query, {}).setdefault(passage, grade)) != grade:
-            raise ValueError(f"{where}: field 'score': {query!r}, {passage!r} have grade {earlier} already")
-    if not qrels:
-        raise ValueError(f"{place}: expected judgments in split {split!r}, found none")
-    if below:
-        print(f"{place}: {below} grades below 0 count as 0", file=sys.stderr)
-    corpus = _texts(place, "corpus")
-    for where, row in rows:
-        if (passage := str(row.get("corpus-id"))) not in corpus:
-            raise ValueError(f"{where}: field 'corpus-id': {passage!r} is not in the corpus")
-    return corpus, {query: queries[query] for query in qrels}, qrels
 
-def _kept(place: Place, lists: Lists, of: int, why: str) -> Lists:
-    if not lists:
-        raise ValueError(f"{place}: expected graded lists, found none: {of} of {of} {why}")
-    if of > len(lists):
-        print(f"{place}: {of - len(lists)} of {of} {why}, left out", file=sys.stderr)
+def _qrels(path: Path) -> Qrels:
+    """{query id: {passage id: grade}} of a table with tabs; a header may be absent.
+
+    Without a score column (NanoBEIR's) every grade is 1.  A grade below 0, with which some TREC
+    tracks mark spam, counts as 0, as in trec_eval.
+    """
+    qrels = {}
+    width = 0
+    for where, line in read_lines(path):
+        fields = re.split(r"\s*\t\s*", line.strip())
+        width = width or len(fields)
+        if width not in (2, 3) or len(fields) != width:
+            found = f"found {line!r:.80}; a score stands in all lines or in none"
+            raise ValueError(f"{where}: expected query-id, corpus-id, score and tabs, {found}")
+        if line.startswith("query-id\tcorpus-id"):
+            continue
+        query, passage, score = [*fields, "1"][:3]
+        grade = as_grade(re.sub("^-[0-9]+$", "0", score), f"{where}: field 'score'")
+        earlier = qrels.setdefault(query, {}).setdefault(passage, grade)
+        if earlier != grade:
+            raise ValueError(f"{where}: field 'score': this pair has grade {earlier} already")
+    return qrels
+
+
+def load_beir(
+    path_or_hub_id: Place, split: str = "test", queries_from: Place | None = None
+) -> Collection:
+    """(corpus {id: title and text}, queries {id: text}, qrels {query id: {passage id: grade}}).
+
+    Of a folder in BEIR's layout (corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv; also .gz), of
+    "sample", or of the hub, see `find_file`; the queries may come from another place.  Only judged
+    queries with a text are returned.  A judged passage that is not in the corpus stays in qrels:
+    no search finds it, and recall and nDCG count it as missed, as trec_eval and BEIR do.
+    Raises ValueError for a bad row, and if no judged query or no judged passage has a text.
+    """
+    place = str(path_or_hub_id)
+    texts = _texts(queries_from or place, "queries")
+    qrels = _qrels(find_file(place, f"qrels/{split}.tsv"))
+    unasked = [query for query in qrels if not texts.get(query)]
+    report_unusable(place, unasked, len(qrels), "judged queries have no text, left out")
+    for query in unasked:
+        del qrels[query]
+    corpus = _texts(place, "corpus")
+    judged = set().union(*qrels.values())
+    missing = sorted(judged.difference(corpus))
+    why = "judged passages are not in the corpus, never found"
+    report_unusable(place, missing, len(judged), why)
+    return corpus, {query: texts[query] for query in qrels}, qrels
+
+
+def _graded(passages: Any, where: str) -> Pairs:
+    """(grade, passage) pairs of {"3": text, "0": [text, text], ...}."""
+    pairs = []
+    if isinstance(passages, dict):
+        for name, value in passages.items():
+            grade = as_grade(name, where)
+            texts = value if isinstance(value, list) and value else [value]
+            pairs += [(grade, text_field({name: text}, name, where)) for text in texts]
+    if len({grade for grade, _ in pairs}) < 2:
+        raise ValueError(f"{where}: expected 2 or more grades, found {passages!r:.60}")
+    return pairs
+
+
+def _from_file(path: Path, texts: Texts) -> Found:
+    lists = {}
+    queries = {}
+    unusable = []
+    for where, row in read_jsonl(path):
+        row.setdefault("id", f"{path.stem}-{where.rpartition(':')[2]}")
+        key = text_field(row, "id", where)
+        row.setdefault("query", texts.get(key))
+        if row["query"] is None:
+            raise ValueError(f"{where}: field 'query': bring the collection of {key!r} (--queries)")
+        query = text_field(row, "query", where)
+        plain = " ".join(query.casefold().split())
+        sha256 = hashlib.sha256(plain.encode()).hexdigest()
+        if row.get("query_sha256", sha256) != sha256:
+            raise ValueError(
+                f"{where}: field 'query_sha256': {key!r} is another query in the collection"
+            )
+        if queries.setdefault(key, query) != query:
+            unusable.append(where)
+        elif row.get("passages", "") is not None:
+            lists[key] = query, _graded(row.get("passages"), f"{where}: field 'passages'")
+    unusable += [key for key in queries if key not in lists]
+    why = "queries have no passages, or the id of another query, left out"
+    report_unusable(path, unusable, len(lists) + len(unusable), why)
     return lists
 
-def _from_file(path: Path, texts: Texts) -> Lists:
-    lists, seen = {}, {}
-    for where, row in read_jsonl(path):
-        key = text_field(row, "id", where) if "id" in row else f"{path.stem}-{where.rpartition(':')[2]}"
-        if "id" in row and row.setdefault("query", texts.get(key)) is None:
-            raise ValueError(f"{where}: no 'query': bring the collection with query {key!r} (--queries)")
-        query, passages = text_field(row, "query", where).strip(), row.get("passages", "")
-        plain = " ".join(query.casefold().split()).encode()
-        if row.get("query_sha256") not in (None, hashlib.sha256(plain).hexdigest()):
-            raise ValueError(f"{where}: field 'query_sha256': {key!r} is another query in the collection")
-        if seen.setdefault(key, (query, where))[0] != query:
-            raise ValueError(f"{where}: field 'id': {key!r} has another query at {seen[key][1]}")
-        if passages is not None:
-            here, grades = f"{where}: field 'passages'", passages if isinstance(passages, dict) else {}
-            graded = {as_grade(name, here): text_field(grades, name, here).strip() for name in grades}
-            if len(graded) < max(2, len(grades)):
-                raise ValueError(f"{here}: expected 2 or more grades, each once, found {passages!r:.60}")
-            order = sorted(graded, reverse=True)
-            lists[key] = GradedList(key, query, [graded[grade] for grade in order], order)
-    return _kept(path, list(lists.values()), len(seen), "queries have no passages")
 
-def _from_beir(place: str, queries_from: Place | None, split: str) -> Lists:
-    has_own = any(Path(place).expanduser().glob("queries.jsonl*"))
-    corpus, queries, qrels = load_beir(place, split, None if has_own else queries_from)
-    order = {query: sorted(judged, key=judged.get, reverse=True) for query, judged in qrels.items()}
-    lists = [GradedList(query, queries[query], [corpus[p] for p in ids], [qrels[query][p] for p in ids])
-             for query, ids in order.items()]  # best grade first, file order within a grade
-    return _kept(place, [x for x in lists if x.grades[0]], len(lists), "queries have no relevant passage")
+def _from_collection(place: str, queries_from: Place | None, split: str) -> Found:
+    corpus, queries, qrels = load_beir(place, split, queries_from)
+    lists = {}
+    for key, query in queries.items():
+        judged = qrels[key].items()
+        pairs = [(grade, corpus[passage]) for passage, grade in judged if passage in corpus]
+        if any(grade for grade, _ in pairs):
+            lists[key] = query, pairs
+    unusable = [key for key in queries if key not in lists]
+    report_unusable(place, unusable, len(queries), "queries have no relevant passage, left out")
+    return lists
 
-def load_lists(paths: Iterable[Place], queries_from: Place | None = None, split: str = "train") -> Lists:
-    """Lists of files and collections, best passage first; an id in use gets its file's name or path before.
 
-    A file (.jsonl, .jsonl.gz) has lines {"query", "passages": {"3": ..., "0": ...}}, maybe with `id`; null
-    passages are counted on stderr, a later good record replaces an earlier.  A collection gives its judged
-    passages.  Texts of queries that are missing come from the collection `queries_from` (`mteb/msmarco` for
-    the released ones), checked by `query_sha256` if a line has it.  ValueError for a bad row or no lists."""
-    names = [str(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
-    if len({*names}) < len(names):
-        raise ValueError(f"lists: expected each file once, one is named twice: {', '.join(names)}")
-    files = {n: f for n in names if (f := Path(n).expanduser()).is_file() or n.endswith((".jsonl", ".gz"))}
-    texts = _texts(str(queries_from), "queries") if queries_from and files else {}
-    lists: dict[str, GradedList] = {}
-    for name in names:
-        found = _from_file(files[name], texts) if name in files else _from_beir(name, queries_from, split)
-        for x in found:
-            key = next(k for k in (x.id, f"{Path(name).name}:{x.id}", f"{name}:{x.id}") if k not in lists)
-            lists[key] = replace(x, id=key)
+def load_lists(
+    paths: Iterable[Place] | Place, queries_from: Place | None = None, split: str = "train"
+) -> Lists:
+    """The graded lists of files and collections, passages best first.
+
+    A file (.jsonl, .jsonl.gz) has lines {"query": text, "passages": {"3": text, "0": [text, ...]}},
+    maybe with an `id`.  For one id and query the last line with passages counts; a line with the
+    id of another query, or a query whose passages are null, is left out and counted on stderr.  A
+    collection (see `load_beir`) gives each query's judged passages that are in its corpus.
+    With `queries_from` (`mteb/msmarco` for the released lists) a collection's queries, and those
+    that a file names by `id` alone, come from there, checked by `query_sha256` where a line has it.
+    A place named twice is read once; an id that an earlier place used gets its place's name in
+    front.  Raises ValueError for a bad row, and for a place without lists.
+    """
+    if isinstance(paths, str | Path):
+        paths = [paths]
+    lists = {}
+    for place in dict.fromkeys(map(str, paths)):
+        path = Path(place).expanduser()
+        if path.is_file() or path.suffix in (".jsonl", ".gz"):
+            texts = _texts(queries_from, "queries") if queries_from else {}
+            found = _from_file(path, texts)
+        else:
+            found = _from_collection(place, queries_from, split)
+        for key, (query, pairs) in found.items():
+            while key in lists:
+                key = f"{path.name}:{key}"
+            pairs.sort(key=lambda pair: -pair[0])  # passages of one grade keep their order
+            passages = [passage for _, passage in pairs]
+            grades = [grade for grade, _ in pairs]
+            lists[key] = GradedList(key, query, passages, grades)
     return list(lists.values())
 
-def recipe(lists: Lists, name: str, seed: int) -> Lists:
-    """The lists as RECIPES[name] says ("binary": grades 1, 0, 0); draws depend on seed and list id only.
-    ValueError for an unknown name, and where a list is not one passage each of grades 3, 2, 1, 0."""
-    if name not in RECIPES:
-        raise ValueError(f"recipe: expected one of {', '.join(RECIPES)}, got {name!r}")
-    shaped = []
-    for item in lists if name != "graded" else ():
-        if sorted(item.grades) != [0, 1, 2, 3]:
-            raise ValueError(f"recipe {name!r}: expected grades 3, 2, 1, 0; {item.id!r} has {item.grades}")
-        positive = random.Random(f"{seed} {item.id}").choice((3, 2))
-        keep = {"binary": (positive, 1, 0), "ends": (3, 0), "merged": (3, 2, 1, 0)}[name]
-        passages = [item.passages[item.grades.index(grade)] for grade in keep]
-        grades = [1 if name == "binary" else 3] + [0] * (len(keep) - 1)
-        shaped.append(replace(item, passages=passages, grades=grades))
-    return shaped or list(lists)
-
-def real_lists(path_or_hub_id: Place, negatives: Place | None = None, seed: int = 0, split: str = "train"
-               ) -> Lists:
-    """The released real binary (k = 3): a query's annotated positive (score >= 1) and two others, all drawn.
-
-    Grades 3 and 1, as in the released synthetic + real.  The others are judged 0, or stand in a `negatives`
-    file, here or on the hub (`BatsResearch/sycl/real_data/bm25_top_docs/train_qrels.jsonl`: BM25's top 1000),
-    as `trove` documents them: {"qid": "1", "docid": ["7", ...]}.  With one other k = 2; with none, or without
-    a positive, a query is left out and counted on stderr."""
-    place, file = str(path_or_hub_id), Path(negatives or "")
-    mined = _rows(file.parent.as_posix(), file.name.partition(".jsonl")[0]) if negatives else None
-    corpus, queries, qrels = load_beir(place, split)
-    lists: dict[str, GradedList] = {}
-    for where, row in mined or [(place, {"qid": q, "docid": list(judged)}) for q, judged in qrels.items()]:
-        query, pool = text_field(row, "qid", where), row.get("docid")
-        if query in lists or not isinstance(pool, list):
-            raise ValueError(f"{where}: expected a new 'qid' and a list in 'docid', found {query!r}")
-        good = [p for p, grade in qrels.get(query, {}).items() if grade]
-        others = [p for p in dict.fromkeys(map(str, pool)) if p not in good]
-        if good and others:
-            rng = random.Random(f"{seed} {query}")
-            ids = [rng.choice(good), *rng.sample(others, min(2, len(others)))]
-            if lost := [p for p in ids if p not in corpus]:
-                raise ValueError(f"{where}: field 'docid': {lost[0]!r} is not in the corpus")
-            lists[query] = GradedList(query, queries[query], [corpus[p] for p in ids], [3, 1, 1][: len(ids)])
-    found = [lists[query] for query in qrels if query in lists]
-    return _kept(place, found, len(qrels), "queries lack a positive or another passage")
-
-def combine(synthetic: Lists, real: Lists) -> Lists:
-    """Synthetic + real: a query's real passages behind its synthetic ones (4 + 3: k = 7), joined by the text
-    less case and outer space.  Without a partner a synthetic list stays and a real one is left out, counted
-    on stderr.  ValueError if no list has a partner."""
-    partners = {item.query.strip().casefold(): item for item in reversed(real)}
-    nothing = GradedList("", "", [], [])
-    pairs = [(item, partners.get(item.query.strip().casefold(), nothing)) for item in synthetic]
-    used = {more.id: more for _, more in pairs if more is not nothing}
-    _kept("combine", list(used.values()), len(real), "real lists have no synthetic partner")
-    return [replace(x, passages=x.passages + y.passages, grades=x.grades + y.grades) for x, y in pairs]
 
 def split_lists(lists: Lists, share: float, seed: int) -> tuple[Lists, Lists]:
-    """(rest, held out): a seeded `share` (0 to 1) of the lists is set aside for choosing settings."""
-    held = set(random.Random(seed).sample(range(len(lists)), len(lists))[: round(share * len(lists))])
-    return [x for j, x in enumerate(lists) if j not in held], [lists[j] for j in sorted(held)]
+    """(rest, held out): a seeded `share` (0 to 1) of the lists is set aside to choose settings."""
+    order = random.Random(seed).sample(range(len(lists)), len(lists))
+    count = round(share * len(lists))
+    held = [lists[j] for j in sorted(order[:count])]
+    rest = [lists[j] for j in sorted(order[count:])]
+    return rest, held
+
 
 def as_collection(lists: Lists) -> Collection:
-    """(corpus, queries, qrels): passage j of list i is `<id of i>-<j>`.  ValueError for an id used twice."""
-    queries = {item.id: item.query for item in lists}
-    if len(queries) < len(lists):
-        raise ValueError(f"as_collection: {len(lists) - len(queries)} lists have the id of another")
-    corpus = {f"{item.id}-{j}": text for item in lists for j, text in enumerate(item.passages)}
-    return corpus, queries, {x.id: {f"{x.id}-{j}": y for j, y in enumerate(x.grades)} for x in lists}
+    """(corpus, queries, qrels): passage j of list i is `<id of i>-<j>`.
+
+    Raises ValueError for an id used twice.
+    """
+    corpus, queries, qrels = {}, {}, {}
+    for item in lists:
+        if item.id in queries:
+            raise ValueError(f"as_collection: two lists have the id {item.id!r}")
+        queries[item.id] = item.query
+        qrels[item.id] = {}
+        for j, grade in enumerate(item.grades):
+            corpus[f"{item.id}-{j}"] = item.passages[j]
+            qrels[item.id][f"{item.id}-{j}"] = grade
+    return corpus, queries, qrels
+
 
 @dataclass(frozen=True)
 class Batch:
-    """B lists, query-major: passages i*k ... i*k + k-1 are query i's; short lists end in empty ones."""
+    """B lists, query-major: passages i*k ... i*k + k-1 are query i's; short lists end in ""."""
+
     queries: list[str]  # B
     passages: list[str]  # B * k
     labels: torch.Tensor  # (B, k) float32 grades
-    mask: torch.Tensor  # (B, k) bool, False = padding
+    mask: torch.Tensor  # (B, k) bool, False: padding
+
 
 def collate(lists: Lists) -> Batch:
-    """Stack lists into one batch; k is the longest list's length.  ValueError if there is no list."""
+    """Stack lists into one batch; k is the longest list's length.  ValueError if there is none."""
     if not lists:
         raise ValueError("collate: expected at least one list, got none")
-    grades = pad_sequence([torch.tensor(item.grades) for item in lists], batch_first=True, padding_value=-1)
+    rows = [torch.tensor(item.grades) for item in lists]
+    grades = pad_sequence(rows, batch_first=True, padding_value=-1)
     k = grades.shape[1]
-    passages = [text for item in lists for text in item.passages + [""] * (k - len(item.passages))]
-    return Batch([item.query for item in lists], passages, grades.clamp(min=0).float(), grades >= 0)
+    passages = []
+    for item in lists:
+        passages += item.passages + [""] * (k - len(item.passages))
+    queries = [item.query for item in lists]
+    return Batch(queries, passages, grades.clamp(min=0).float(), grades >= 0)

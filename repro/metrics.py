@@ -1,86 +1,139 @@
-"""nDCG@k, MRR@k and recall@k with trec_eval's values, from the grades of a query's ranked passages (`found`,
-best rank first) and of all its judged ones (`judged`)."""
+"""nDCG@k, MRR@k and recall@k with trec_eval's values.
 
-import math
-import operator
+Each measure is a function of one query: `found`, the grades of its ranked passages, best rank
+first, and `judged`, the grades of all its judged passages.
+"""
+
 import re
-from array import array
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
+from ctypes import c_float
 from functools import partial
-from numbers import Integral, Real
+from math import fsum, log2
+from numbers import Integral
 from pathlib import Path
 
-from repro.checkpoints import writing
+from repro.support.files import write_text
 
-Qrels = Mapping[str, Mapping[str, int]]  # {query id: {passage id: grade 0, 1, 2, ...}}
-Run = Mapping[str, Mapping[str, float]]  # {query id: {passage id: score}}
+Qrels = dict[str, dict[str, int]]  # {query id: {passage id: grade 0, 1, 2, ...}}
+Run = dict[str, dict[str, float]]  # {query id: {passage id: score}}
+Values = Run  # {query id: {measure: value}}
 MEASURES = ("ndcg@10", "mrr@10", "recall@100")
+LARGEST = 3.4028235e38  # of the 32-bit floats
 
-def rank(scores: Mapping[str, float], where: str = "run") -> list[str]:
-    """Passage ids, best first, in trec_eval's order: score descending, compared as 32-bit floats; among
-    equal scores, passage id descending.  ValueError for a score that is not finite in 32 bits."""
-    try:
-        rounded = array("f", scores.values())
-    except TypeError:
-        rounded = array("f", (s if isinstance(s, Real) else math.nan for s in scores.values()))
-    if not all(map(math.isfinite, rounded)):
-        bad = next(pid for pid, score in zip(scores, rounded, strict=True) if not math.isfinite(score))
-        raise ValueError(f"{where}, passage {bad}: score {scores[bad]!r} is not finite in 32 bits")
-    if all(map(operator.gt, rounded, rounded[1:])):  # as a search returns them, mostly
-        return list(scores)
-    return [pid for _, pid in sorted(zip(rounded, scores, strict=True), reverse=True)]
+
+def rank(scores: dict[str, float]) -> list[str]:
+    """Passage ids, best first, in trec_eval's order.
+
+    That is by score, rounded to a 32-bit float; of equal scores, the larger passage id comes first.
+    Raises ValueError for a score that is not finite in 32 bits.
+    """
+    keys = {}
+    for passage, score in scores.items():
+        if not abs(score) <= LARGEST:  # NaN is not
+            raise ValueError(f"run, passage {passage}: score {score!r} is not finite in 32 bits")
+        keys[passage] = (c_float(score).value, passage)
+    return sorted(keys, key=keys.get, reverse=True)
+
 
 def dcg(gains: Iterable[float]) -> float:
     """Discounted cumulative gain: the sum over ranks r = 1, 2, ... of gain_r / log2(r + 1)."""
-    return sum(gain / math.log2(r + 1) for r, gain in enumerate(gains, start=1))
+    return sum(gain / log2(r + 1) for r, gain in enumerate(gains, start=1))
 
-def ndcg(found: list[int], judged: Collection[int], k: int, gain: Callable[[int], float] = float) -> float:
-    """nDCG@k = DCG@k / DCG@k of the best possible order, with gain = grade; 0 if no grade is above 0."""
+
+def ndcg(found: list[int], judged: Collection[int], k: int, gain: Callable = float) -> float:
+    """nDCG@k = DCG@k / DCG@k of the best order, with gain = grade; 0 if no grade is above 0."""
     best = dcg(map(gain, sorted(judged, reverse=True)[:k]))
     return dcg(map(gain, found[:k])) / best if best else 0.0
 
+
 def mrr(found: list[int], judged: Collection[int], k: int) -> float:
-    """1 / rank of the first relevant passage (grade >= 1) within the first k; 0 if there is none."""
-    return next((1 / r for r, grade in enumerate(found[:k], start=1) if grade >= 1), 0.0)
+    """1 / rank of the first relevant passage (grade >= 1) within the first k; 0 without one."""
+    for r, grade in enumerate(found[:k], start=1):
+        if grade >= 1:
+            return 1 / r
+    return 0.0
+
 
 def recall(found: list[int], judged: Collection[int], k: int) -> float:
-    """Relevant passages (grade >= 1) within the first k / all relevant passages; 0 if there are none."""
-    return sum(grade >= 1 for grade in found[:k]) / max(1, sum(grade >= 1 for grade in judged))
+    """Relevant passages (grade >= 1) within the first k / all relevant ones; 0 without any."""
+    hits = sum(grade >= 1 for grade in found[:k])
+    relevant = sum(grade >= 1 for grade in judged)
+    return hits / max(1, relevant)
+
 
 ndcg_exp = partial(ndcg, gain=lambda grade: 2.0**grade - 1)  # weighs the top grades more
-FUNCTIONS = {"ndcg": ndcg, "ndcg_exp": ndcg_exp, "mrr": mrr, "recall": recall}
+FUNCTIONS = {
+    "ndcg": ndcg,
+    "ndcg_exp": ndcg_exp,
+    "mrr": mrr,
+    "recall": recall,
+}
 
-def evaluate(qrels: Qrels, run: Run, measures: Iterable[str] = MEASURES) -> dict[str, dict[str, float]]:
-    """Every measure ("NAME@k") of every judged query: `{query id: {measure: value}}`, values in [0, 1].
-    A judged query that the run lacks scores 0; an unjudged passage has grade 0.  ValueError for an unknown
-    measure, a bad score, or a grade that is not a whole number >= 0."""
-    wanted, values = {measure: measure.partition("@")[::2] for measure in measures}, {}
-    for measure, (name, k) in wanted.items():
-        if name not in FUNCTIONS or not re.fullmatch("[1-9][0-9]{0,8}", k):
-            raise ValueError(f"unknown measure {measure!r}: expected {'@k, '.join(FUNCTIONS)}@k, with k >= 1")
-    for qid, judged in qrels.items():
-        for pid, y in judged.items():
-            if type(y) is not int and not isinstance(y, Integral) or y < 0:  # the second check is slow
-                raise ValueError(f"qrels, query {qid}, passage {pid}: grade {y!r} is not a whole number >= 0")
-        found = [judged.get(pid, 0) for pid in rank(run.get(qid, {}), f"run, query {qid}")]
-        values[qid] = {m: FUNCTIONS[name](found, judged.values(), int(k)) for m, (name, k) in wanted.items()}
+
+def parse_measure(measure: str) -> tuple[str, int]:
+    """("ndcg", 10) of "ndcg@10".  Raises ValueError for an unknown measure."""
+    found = re.fullmatch("(ndcg|ndcg_exp|mrr|recall)@([1-9][0-9]*)", measure)
+    if not found:
+        known = "ndcg@k, ndcg_exp@k, mrr@k, recall@k, with a whole k >= 1"
+        raise ValueError(f"unknown measure {measure!r}: expected {known}")
+    return found[1], int(found[2])
+
+
+def check_qrels(qrels: Qrels, measures: Iterable[str] = MEASURES) -> None:
+    """Raise ValueError for an unknown measure, and for a grade that a measure cannot take.
+
+    A grade is a whole number below 1,000,000,000, and below 1000 for ndcg_exp: 2**1024 overflows.
+    """
+    names = [parse_measure(measure)[0] for measure in measures]
+    limit = 1000 if "ndcg_exp" in names else 10**9
+    for query, judged in qrels.items():
+        for passage, grade in judged.items():
+            if not (isinstance(grade, Integral) and 0 <= grade < limit):
+                where = f"qrels, query {query}, passage {passage}"
+                expected = f"from 0 to {limit - 1}, as {', '.join(names)} can take"
+                raise ValueError(f"{where}: grade {grade!r} is no whole number {expected}")
+
+
+def evaluate(qrels: Qrels, run: Run, measures: Iterable[str] = MEASURES) -> Values:
+    """Every measure of every judged query, in [0, 1].
+
+    A judged query that the run lacks scores 0, a judged passage that it lacks is not found, and an
+    unjudged passage has grade 0.  Raises ValueError as `check_qrels` and `rank` do.
+    """
+    wanted = {measure: parse_measure(measure) for measure in measures}
+    check_qrels(qrels, wanted)
+    values = {}
+    for query, judged in qrels.items():
+        found = [judged.get(passage, 0) for passage in rank(run.get(query, {}))]
+        values[query] = {}
+        for measure, (name, k) in wanted.items():
+            values[query][measure] = FUNCTIONS[name](found, judged.values(), k)
     return values
 
-def mean(per_query: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """The mean of every measure over the queries.  ValueError if there is no query."""
-    if not (rows := list(per_query.values())):
-        raise ValueError("no judged query to average over")
-    return {measure: math.fsum(row[measure] for row in rows) / len(rows) for measure in rows[0]}
 
-def write_run(run: Run, file: str | Path, tag: str) -> None:
-    """Write a TREC run, `query Q0 passage rank score tag`, best first; the scores read back exactly."""
-    check_ids([tag, *run, *(pid for scores in run.values() for pid in scores)], file)
-    with writing(file) as sink:
-        for qid, scores in run.items():
-            for place, pid in enumerate(rank(scores, f"run, query {qid}"), start=1):
-                sink.write(f"{qid} Q0 {pid} {place} {float(scores[pid])!r} {tag}\n")
+def mean(values: Values) -> dict[str, float]:
+    """The mean of every measure over the queries.  Raises ValueError if there is no query."""
+    rows = list(values.values())
+    if not rows:
+        raise ValueError("no judged query to average over")
+    return {measure: fsum(row[measure] for row in rows) / len(rows) for measure in rows[0]}
+
 
 def check_ids(ids: Iterable[str], file: str | Path) -> None:
-    """ValueError for an id that is empty or holds white space: a TREC run has no quoting."""
-    if bad := [name for name in ids if not re.fullmatch(r"[^ \t\r\n\v\f]+", name)]:
-        raise ValueError(f"{file}: id {bad[0]!r} is empty or holds white space; a TREC run cannot carry it")
+    """Raise ValueError for an id that is empty or holds white space: a TREC run has no quoting."""
+    for name in ids:
+        if not re.fullmatch(r"[^ \t\r\n\v\f]+", name):
+            raise ValueError(
+                f"{file}: id {name!r} is empty or holds white space, as no TREC run may"
+            )
+
+
+def write_run(run: Run, file: str | Path, tag: str) -> None:
+    """Write a TREC run, `query Q0 passage rank score tag`, best first; scores read back exactly."""
+    check_ids([tag, *run], file)
+    lines = []
+    for query, scores in run.items():
+        check_ids(scores, file)
+        for place, passage in enumerate(rank(scores), start=1):
+            lines.append(f"{query} Q0 {passage} {place} {float(scores[passage])!r} {tag}\n")
+    write_text(file, "".join(lines))

@@ -1,94 +1,249 @@
-"""The experiment on a small WikiQA, with a stub for training; the lines that build a collection."""
+"""The experiment: what arms are, the rule, the records, one run in small, the page."""
 
-import gzip
-import json
-import shutil
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import pytest
-from conftest import graded_lists, write_lists
+from conftest import graded_lists
 
-from repro.data import AUTHORED, as_collection, load_beir
+from repro.compare import Comparison
+from repro.data import as_collection
+from repro.encoder import BiEncoder
 from repro.experiment import arms, claims, report, run
 
-Y = [3, 2, 1, 0]
+CHANGES = ("loss", "lists", "ties", "label_temperature", "multiple", "queries")
+
+
+def rows_of(arm: str, seed: str, values: dict[str, float], start: str = "base") -> pd.DataFrame:
+    """A run that has the same queries and values in all collections."""
+    rows = []
+    for name in claims.COLLECTIONS:
+        rows += [(start, arm, seed, name, query, value) for query, value in values.items()]
+    return pd.DataFrame(rows, columns=claims.COLUMNS)
+
+
+def queries(value: float, count: int = 30) -> dict[str, float]:
+    return {f"q{n}": value + n / 1000 for n in range(count)}
+
+
+@pytest.mark.parametrize("below, above, label", arms.LADDER)
+def test_a_rung_changes_one_thing(below: str, above: str, label: str) -> None:
+    first = asdict(arms.BY_NAME[below])
+    second = asdict(arms.BY_NAME[above])
+    changed = [name for name in CHANGES if first[name] != second[name]]
+    assert len(changed) == 1
+
+
+@pytest.mark.parametrize("group, field", report.AXES.items())
+def test_an_ablation_changes_its_field_alone(group: str, field: str) -> None:
+    for arm in arms.ABLATIONS[group]:
+        main = asdict(arms.BY_NAME[arm.tuned_as])
+        changed = [name for name in CHANGES if asdict(arm)[name] != main[name]]
+        assert changed == [field]
+
+
+def write_wikiqa(folder: Path, count: int = 8) -> Path:
+    """A collection with a train split: one relevant and two other sentences a question."""
+    (folder / "qrels").mkdir(parents=True)
+    corpus, questions = [], []
+    qrels = ["query-id\tcorpus-id\tscore"]
+    for n in range(count):
+        questions.append(f'{{"_id": "train-{n}", "text": "question {n}"}}')
+        for j, grade in enumerate((1, 0, 0)):
+            passage = f"p{n}-{j}"
+            corpus.append(f'{{"_id": "{passage}", "title": "", "text": "sentence {n} {j}"}}')
+            qrels.append(f"train-{n}\t{passage}\t{grade}")
+    (folder / "corpus.jsonl").write_text("\n".join(corpus))
+    (folder / "queries.jsonl").write_text("\n".join(questions))
+    (folder / "qrels/train.tsv").write_text("\n".join(qrels))
+    return folder
+
 
 @pytest.fixture
-def wikiqa(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> str:
-    """A folder with 20 questions; small files take the place of the kit's lists."""
-    monkeypatch.setattr(arms, "AUTHORED", write_lists(tmp_path / "authored.jsonl", 40))
-    write_lists(tmp_path / "smollm2-135m.jsonl", 10)
-    rows = write_lists(tmp_path / "wikiqa-graded.jsonl", 8).read_text().replace('"query"', '"left out"')
-    (tmp_path / "wikiqa-graded.jsonl").write_text(rows)
-    corpus, queries, qrels = as_collection(graded_lists(20))
-    lines = {f"{part}.jsonl": [json.dumps({"_id": key, "text": text}) for key, text in texts.items()]
-             for part, texts in (("corpus", corpus), ("queries", queries))}
-    table = [f"{q}\t{p}\t{int(grade == 3)}" for q, row in qrels.items() for p, grade in row.items()]
-    lines |= dict.fromkeys(("qrels/train.tsv", "qrels/test.tsv"), table)
-    (tmp_path / "wikiqa" / "qrels").mkdir(parents=True)
-    for name, rows in lines.items():
-        (tmp_path / "wikiqa" / name).write_text("\n".join(rows))
-    return str(tmp_path / "wikiqa")
+def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> arms.Sources:
+    """The kit's own lists beside a small WikiQA, half of whose questions have graded lists."""
+    graded = tmp_path / "wikiqa-graded.jsonl"
+    passages = '"passages": {"3": "a", "2": "b", "1": "c", "0": "d"}'
+    graded.write_text("\n".join(f'{{"id": "train-{n}", {passages}}}' for n in range(4)))
+    authored = tmp_path / "authored.jsonl"
+    authored.write_bytes(arms.AUTHORED.read_bytes())
+    monkeypatch.setattr(arms, "AUTHORED", authored)
+    return arms.load_sources(write_wikiqa(tmp_path / "wikiqa"), seeds=2)
 
-def test_equal_trials_known_names_and_the_committed_pages() -> None:
-    for start, shared in arms.STARTS.items():
-        plans = [arms.draws(start, arm) for arm in arms.MAIN]
-        assert {len({str(row) for row in plan}) for plan in plans} == {shared.trials} == {*map(len, plans)}
-        assert plans == [arms.draws(start, arm) for arm in arms.MAIN]
-    used = {name for _, *pair in (*claims.CLAIMS, *report.SECONDARY) for name in pair}
-    assert used <= {"start", *(arm.name for arm in arms.MAIN)} and len({*report.NAMES}) == len(report.NAMES)
-    assert report.main(["--check"]) == 0
 
-def test_training_sets(wikiqa: str) -> None:
-    sources = arms.Sources(wikiqa)
-    sets = {"graded": (36, Y), "binary": (36, [1, 0, 0]), "merged": (36, [3, 0, 0, 0]), "ends": (36, [3, 0])}
-    sets |= {"real": (14, [3, 1, 1]), "same questions": (8, Y), "synthetic + real": (8, [*Y, 3, 1, 1])}
-    sets |= {"5 queries": (5, Y), "6 queries, binary": (6, [1, 0, 0])}
-    found = {name: sources.training_set(name, 0) for name in (*sets, "authored", "smollm2")}
-    for name, (count, grades) in sets.items():
-        assert len(found[name]) == count and all(item.grades == grades for item in found[name]), name
-    asked = {name: [item.query for item in lists] for name, lists in found.items()}
-    assert asked["authored"] == asked["smollm2"] and 5 < len(asked["authored"]) <= 10
-    assert not {item.query for item in sources.held_out} & {*asked["graded"]}
-    assert len(sources.questions) == 6 and not sources.questions & {item.id for item in found["real"]}
+def test_development_questions_are_not_trained_on(sources: arms.Sources) -> None:
+    development = set(sources.development[1][2])
+    trained = {item.id for lists in sources.real.values() for item in lists}
+    assert not development & trained
 
-def test_bad_input_is_refused_before_any_run(wikiqa: str, monkeypatch, capsys) -> None:
-    monkeypatch.delattr(run.Study, "record")
-    for place, message in (("no-such", "no-such: expected a folder"), (wikiqa + "/.", "the same name")):
-        assert run.main(["--wikiqa", wikiqa, "--data", wikiqa, place]) == 2
-        assert message in capsys.readouterr().err
-    for more in (["--arm", "1-D V"], ["--start", "all-minilm-l6-v2", "--group", "queries"]):
-        with pytest.raises(SystemExit):
-            run.main(["--wikiqa", wikiqa, *more])
 
-def test_runs_are_recorded_once(wikiqa: str, tmp_path: Path, tiny_bert: Path, monkeypatch, capsys) -> None:
-    done, name, fit = [], tiny_bert.name, run.train_encoder
-    monkeypatch.setitem(arms.STARTS, name, arms.Start(30, 2, 2, (1e-2, 1e-5), (0.5,), freeze=0))
-    monkeypatch.setattr(run, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(run, "train_encoder", lambda encoder, lists, config: done.append(
-        (config, sum(p.sum().item() for p in encoder.parameters()))) or fit(encoder, lists, config))
-    monkeypatch.chdir(tiny_bert.parent)
-    command = ["--wikiqa", wikiqa, "--start", name, "--arm", "1-D W", "--dtype", "float32", "--data", wikiqa]
-    counts = [(run.main([*command, *more]), len(done)) for more in ((), (), ("sample",))]
-    found, table = claims.read_runs(run.RESULTS), claims.read_tuning(run.RESULTS)[name]["1-D W"]
-    assert counts == [(0, 4), (0, 4), (0, 6)] and [run["seed"] for run in found] == [None, 0, 1, None]
-    assert all({*r["collections"]} == {"sample", "wikiqa"} for r in found)
-    assert len({str(r["per_query"]) for r in found}) == 4  # two seeds, the start and BM25 are four models
-    best, *_, worst = sorted(table["trials"], key=lambda trial: -trial["ndcg@10"])
-    assert best["ndcg@10"] > worst["ndcg@10"] and table["best"].items() <= best.items()
-    assert len(table["trials"]) == 2 * len(arms.AVERAGES) and len({begun for _, begun in done}) == 1
-    assert [config.seed for config, _ in done] == [0, 0, 0, 1, 0, 1]
-    assert all(table["best"].items() <= vars(config).items() for config, _ in done[2:])
-    assert run.main([*command[:-3], "bfloat16", "--data", str(shutil.copytree(wikiqa, tmp_path / "b"))]) == 2
-    assert len(done) == 6 and "has dtype 'float32', this run 'bfloat16'" in capsys.readouterr().err
+def test_held_out_lists_are_not_trained_on(sources: arms.Sources) -> None:
+    assert not set(sources.development[0][1]) & {item.id for item in sources.authored}
 
-def test_the_lines_that_build_dl19_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("cached_prompts").mkdir()
-    Path("cached_prompts/dl19-pool.ids.gz").write_bytes(gzip.compress(b"7\n9\n"))
-    Path("collection.tsv").write_text('7\ta "moon"\r high\n8\tno\n9\ttea\n', encoding="utf-8")
-    Path("msmarco-test2019-queries.tsv").write_text("1\twhat is up\n2\tnot judged\n")
-    Path("2019qrels-pass.txt").write_text("1 Q0 7 3\n1 Q0 9 0\n")
-    exec(AUTHORED.with_name("README.md").read_text("utf-8").split("```python\n")[1].split("```")[0], {})
-    found = {"7": 'a "moon"\r high', "9": "tea"}, {"1": "what is up"}, {"1": {"7": 3, "9": 0}}
-    assert load_beir("dl19-pool") == found
+
+@pytest.mark.parametrize(
+    "name, grades",
+    [
+        ("KL", [3, 2, 1, 0]),
+        ("InfoNCE", [3, 0, 0]),
+        ("InfoNCE, real", [3, 1, 1]),
+        ("1-D W, same questions", [3, 2, 1, 0]),
+        ("1-D W, synthetic + real", [3, 2, 1, 0, 3, 1, 1]),
+    ],
+)
+def test_the_lists_of_an_arm(sources: arms.Sources, name: str, grades: list[int]) -> None:
+    assert arms.arm_lists(arms.BY_NAME[name], sources, seed=1)[0].grades == grades
+
+
+def test_an_ablation_takes_so_many_queries(sources: arms.Sources) -> None:
+    lists = arms.arm_lists(arms.ABLATIONS["queries"][0], sources, seed=0)
+    assert len(lists) == 100
+
+
+@pytest.mark.parametrize(
+    "difference, low, high, p, expected",
+    [
+        (0.02, 0.01, 0.03, 0.05, "holds"),
+        (-0.02, -0.03, -0.01, 0.05, "reversed"),
+        (0.001, -0.002, 0.009, 0.2, "no gain of .01"),
+        (0.001, -0.02, 0.02, 0.2, "undecided"),
+    ],
+)
+def test_the_rule(difference: float, low: float, high: float, p: float, expected: str) -> None:
+    found = Comparison(difference, low, high, p, 10)
+    assert claims.verdict(found, p) == expected
+
+
+def test_seeds_are_averaged_query_by_query() -> None:
+    trained = [rows_of("KL", "0", queries(0.4)), rows_of("KL", "1", queries(0.6))]
+    runs = pd.concat([*trained, rows_of("start", "", queries(0.3))])
+    found = claims.differences(runs, "base", "KL", "start", ["npl"])
+    assert found["npl"] == pytest.approx(dict.fromkeys(queries(0), 0.2))
+
+
+def test_runs_of_different_queries_are_refused() -> None:
+    runs = pd.concat([rows_of("KL", "0", queries(0.4)), rows_of("start", "", queries(0.3, 29))])
+    with pytest.raises(ValueError, match="different queries"):
+        claims.differences(runs, "base", "KL", "start", ["npl"])
+
+
+def test_an_arm_that_was_not_run_is_not_judged() -> None:
+    rows = claims.judge(rows_of("KL", "0", queries(0.4)), "base", "1-D W")
+    assert {row.verdict for row in rows} == {"not measured"}
+
+
+def test_robustness_is_judged_on_shifted_collections() -> None:
+    names = {claim[0]: claim[3] for claim in claims.claims_of("1-D W")}
+    assert names["C3"] == ("cranfield", "scifact", "npl", "csfcube")
+
+
+def record(arm: str, seed: int | None) -> dict[str, Any]:
+    return {"start": "base", "arm": arm, "seed": seed}
+
+
+def test_records_in_any_order_give_the_same_bytes(tmp_path: Path) -> None:
+    for folder, seeds in (("a", (0, 1, 2)), ("b", (2, 0, 1))):
+        for seed in seeds:
+            claims.add_run(tmp_path / folder, record("KL", seed), {"npl": queries(seed / 10)})
+    for name in ("runs.jsonl", "per_query.csv.gz"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_records_read_back(tmp_path: Path) -> None:
+    claims.add_run(tmp_path, record("start", None), {"npl": {"001": 0.25, "2": 0.5}})
+    rows = claims.read_runs(tmp_path).values.tolist()
+    expected = [["base", "start", "", "npl", "001", 0.25], ["base", "start", "", "npl", "2", 0.5]]
+    assert rows == expected
+
+
+def test_rows_of_a_run_without_a_record_are_replaced(tmp_path: Path) -> None:
+    for value in (0.25, 0.5):
+        claims.add_run(tmp_path, record("KL", 0), {"npl": {"q": value}})
+        (tmp_path / "runs.jsonl").unlink()  # as if a kill had come between the two files
+    assert claims.read_runs(tmp_path)[claims.SCORE].tolist() == [0.5]
+
+
+@pytest.fixture
+def study(tiny_bert: Path, tmp_path: Path) -> run.Study:
+    lists = graded_lists()
+    development = [as_collection(lists)]
+    sources = arms.Sources(lists, lists, {0: lists}, development)
+    place = {"commit": "abc", "machine": {}, "dtype": "float32"}
+    encoder = BiEncoder.load(tiny_bert, "cpu")
+    return run.Study("all-minilm-l6-v2", encoder, sources, place, tmp_path / "records")
+
+
+def test_a_run_is_recorded_once(study: run.Study, capsys: pytest.CaptureFixture) -> None:
+    job = ("main", arms.BY_NAME["KL"], 0)
+    for _ in range(2):
+        run.do(study, job, {"tiny": as_collection(graded_lists())})
+    assert capsys.readouterr().out.count("KL 0") == 1
+
+
+def test_an_arm_and_seed_give_the_same_numbers_again(study: run.Study) -> None:
+    arm = arms.BY_NAME["Gaussian W2"]
+    first = run.trained(study, arm, 1e-3, seed=1)[1]
+    second = run.trained(study, arm, 1e-3, seed=1)[1]
+    assert first | {"minutes": 0} == second | {"minutes": 0}
+
+
+def test_the_multiple_is_of_the_fitted_temperature(study: run.Study) -> None:
+    ablation = arms.ABLATIONS["temperature"][9]
+    fitted = run.trained(study, arms.BY_NAME[ablation.tuned_as], 1e-3, seed=0)[1]
+    other = run.trained(study, ablation, 1e-3, seed=0)[1]
+    expected = ablation.multiple * fitted["temperature"]
+    assert other["temperature"] == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "values, expected",
+    [
+        ({0.001: 0.2, 0.002: 0.9, 0.004: 0.3}, 0.002),
+        ({0.001: 0.2, 0.002: 0.3, 0.004: 0.9, 0.008: 0.1}, 0.004),
+        ({0.0005: 0.2, 0.001: 0.9, 0.002: 0.3, 0.004: 0.3}, 0.001),
+    ],
+)
+def test_tuning_tries_beyond_an_edge(
+    study: run.Study, monkeypatch: pytest.MonkeyPatch, values: dict[float, float], expected: float
+) -> None:
+    start = arms.Start(rates=(0.001, 0.002, 0.004), seeds=1, steps=1)
+    monkeypatch.setitem(arms.STARTS, study.start, start)
+    monkeypatch.setattr(run, "trained", lambda study, arm, rate, seed: (rate, {}))
+    monkeypatch.setattr(run, "development_ndcg", lambda rate, _: values[rate])
+    assert run.tune(study, arms.BY_NAME["KL"]) == expected
+
+
+def test_a_missing_collection_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert run.main(["--data", str(tmp_path)]) == 2
+    assert "expected a BEIR folder 'dl19-pool'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option, name", [("--arm", "InfoNC"), ("--start", "bass")])
+def test_a_typo_is_refused(option: str, name: str, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        run.main(["--data", str(tmp_path), option, name])
+
+
+@pytest.mark.parametrize("record", claims.read_records(claims.RESULTS), ids=claims.key_of)
+def test_the_means_of_a_record_are_those_of_its_rows(record: dict[str, Any]) -> None:
+    runs = claims.read_runs(claims.RESULTS)
+    same = (runs[claims.KEY] == claims.key_of(record)).all(axis=1)
+    found = runs[same].groupby("collection")[claims.SCORE].mean().to_dict()
+    stored = {name: one["metrics"]["ndcg@10"] for name, one in record["collections"].items()}
+    assert found == pytest.approx(stored, abs=2e-5)
+
+
+def test_the_page_is_what_the_records_give() -> None:
+    folder = claims.RESULTS
+    runs = claims.read_runs(folder)
+    records = claims.read_records(folder)
+    tuning = claims.read_tuning(folder)
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    assert report.page(runs, records, tuning) == text
+
+
+def test_readme_shows_the_verdicts_of_the_records() -> None:
+    text = report.README.read_text(encoding="utf-8")
+    assert report.summary(claims.read_runs(claims.RESULTS)) in text

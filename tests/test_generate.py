@@ -1,260 +1,418 @@
-"""Generation: sampling by row, records, resume after kills, refusals, servers, the committed caches."""
+"""Generation: sampling by row, records, going on after a stop, refusals, servers, the caches."""
 
 import gzip
-import hashlib
 import http.server
 import json
 import multiprocessing
 import random
-import re
 import threading
 import time
-from functools import partial
+from dataclasses import asdict
 from types import SimpleNamespace
-from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import graded_lists, write_lists
+from conftest import graded_lists, write_jsonl, write_lists
+from tqdm import tqdm
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from repro import checkpoints, data, prompts
-from repro import generate as module
-from repro.data import load_lists
-from repro.generate import FIELDS, LocalGenerator, Sampling, ServerGenerator, generate, main, read_queries
+from repro import prompts
+from repro.data import AUTHORED, load_lists
+from repro.generate import (
+    LocalGenerator,
+    Sampling,
+    ServerGenerator,
+    draw_tokens,
+    generate,
+    main,
+    read_queries,
+)
 
-CACHES = [data.AUTHORED, data.AUTHORED.with_name("smollm2-135m.jsonl")]
-FINE = json.dumps({str(level): f"text {level}" for level in (3, 2, 1, 0)})
-QUERIES, ASKED = {item.id: item.query for item in graded_lists(24)}, []
+FINE = json.dumps({str(level): f"text {level}" for level in prompts.LEVELS})
+PROSE = "A river rises in the hills near the border. It then crosses one wide plain to the sea."
+QUERIES = {item.id: item.query for item in graded_lists(24)}
+TEMPLATE = "[END]{% for m in messages %} {{ m.content }}{% endfor %}"
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + TEMPLATE
+CHAT = [{"role": "system", "content": "the cat"}, {"role": "user", "content": "is blue"}]
 
-def make_model(source, folder, template="[END]{% for m in messages %} {{ m.content }} {% endfor %}", **own):
-    tokenizer, model = AutoTokenizer.from_pretrained(source), LlamaForCausalLM.from_pretrained(source)
-    tokenizer.chat_template, model.config.max_position_embeddings = template, 512
-    tokenizer.save_pretrained(folder)
-    model.lm_head.weight.data.mul_(9)  # sharp, so that a mistake in attention shows in the tokens
-    model.generation_config.update(**own)
-    model.save_pretrained(folder)
-    return str(folder)
 
 @pytest.fixture
-def command(tiny_llama, tmp_path):
-    queries, model = write_lists(tmp_path / "queries", 24), make_model(tiny_llama, tmp_path / "tiny-lm")
-    text = f"--queries {queries} --out {tmp_path}/OUT --model {model} --device cpu --seed 3"
-    return f"{text} --batch-size 5 --max-new-tokens 20 --temperature 1 --top-p 1 --top-k 0".split()
+def tiny(tiny_llama, tmp_path):
+    """The tiny model with a chat template and room for a prompt; sharp, so that mistakes show."""
+    model = LlamaForCausalLM.from_pretrained(tiny_llama)
+    model.config.max_position_embeddings = 512
+    model.lm_head.weight.data.mul_(9)
+    model.generation_config.update(repetition_penalty=9.0)  # no record names it
+    model.save_pretrained(tmp_path / "tiny")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama, chat_template=TEMPLATE)
+    tokenizer.save_pretrained(tmp_path / "tiny")
+    return str(tmp_path / "tiny")
+
+
+@pytest.fixture
+def command(tiny, tmp_path):
+    """A command line for 24 queries and the tiny model."""
+    queries = write_lists(tmp_path / "queries", 24)
+    line = f"--queries {queries} --model {tiny} --out {tmp_path}/OUT --device cpu --seed 3"
+    return f"{line} --batch-size 5 --max-new-tokens 20 --temperature 1 --top-p 1 --top-k 0".split()
+
 
 def scripted(answer):
-    return SimpleNamespace(name="scripted", context=10**9, prompt=str, batch_size=2, reply=lambda jobs, _: [
-        ASKED.append(name) or answer(name) for _, name in jobs])
+    """A generator for two prompts at a time that answers with `answer(name of the reply)`."""
+
+    def reply(jobs, sampling):
+        return [answer(name) for _, name in jobs]
+
+    return SimpleNamespace(name="scripted", context=10**9, prompt=str, batch_size=2, reply=reply)
+
 
 def records_of(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
-def refused(capsys, *command):
-    assert main([str(part) for part in command]) == 2
-    return capsys.readouterr().err.rpartition("error: ")[2]
 
-def test_tokens_are_drawn_from_the_rows_own_numbers_with_the_right_shares():
-    logits = torch.tensor([[0.0, 1.0, 2.0, 3.0, 2.5]]).repeat(4001, 1)
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "top_k", "kept"),
+    [(0.5, 1.0, 0, 5), (2.0, 1.0, 3, 3), (1.0, 0.7, 0, 2)],
+)
+def test_tokens_are_drawn_with_the_shares_of_the_softmax(temperature, top_p, top_k, kept):
+    logits = torch.tensor([[3.0, 2.5, 2.0, 1.0, 0.0]]).double()
     noise = torch.linspace(0, 1 - 1e-9, 4001, dtype=torch.float64)
-    for temperature, top_p, top_k, kept in ((0.5, 1.0, 0, 5), (2.0, 1.0, 3, 3), (1.0, 0.7, 0, 2)):
-        scores = module.draw_tokens(logits, noise, Sampling(5, temperature, top_p, top_k))
-        assert (torch.isfinite(scores).sum(1) == 1).all() and (scores.max(1).values == 0).all()
-        expected = (logits[0, (order := [3, 4, 2, 1, 0][:kept])].double() / temperature).softmax(0)
-        assert (torch.isfinite(scores).double().mean(0)[order] - expected).abs().max() < 1e-3
+    scores = draw_tokens(logits.repeat(4001, 1), noise, Sampling(5, temperature, top_p, top_k))
+    expected = torch.zeros(5, dtype=torch.float64)
+    expected[:kept] = (logits[0, :kept] / temperature).softmax(0)
+    torch.testing.assert_close(scores.exp().mean(0), expected, atol=1e-3, rtol=0)
 
-def test_replies_do_not_depend_on_batch_or_order(tiny_llama, tmp_path):
-    tiny = make_model(tiny_llama, tmp_path / "tiny")
-    generator, other = LocalGenerator(tiny, "cpu"), LocalGenerator(tiny, "cpu", batch_size=7)
-    options = {"seed": 3, "sampling": Sampling(20, 1.0, 1.0, 0), "pool": list(QUERIES.values())}
-    whole = generate(QUERIES, generator, **options)
-    assert [row["id"] for row in whole] == list(QUERIES) and all(list(row) == list(FIELDS) for row in whole)
-    assert generate(dict(reversed(QUERIES.items())), other, **options)[::-1] == whole
-    assert generate({"l5": QUERIES["l5"]}, generator, **options) == whole[5:6]
-    own = make_model(tiny_llama, tmp_path / "own", repetition_penalty=9.0, do_sample=True, temperature=0.1)
-    replies = [row["reply"] for row in generate(QUERIES, LocalGenerator(own, "cpu"), **options)]
-    assert replies == [row["reply"] for row in whole] and len(set(map(str, replies))) == 24
-    assert len({str(generate(QUERIES, x, sampling=Sampling(20, 0.0))) for x in (generator, other)}) == 1
-    other.model.generate = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory"))
-    with pytest.raises(ValueError, match="memory ran out with 7 prompts; lower --batch-size"):
-        generate(QUERIES, other, **options)
 
-def test_failed_replies_are_recorded_and_asked_again(tmp_path):
-    out, queries = tmp_path / "new" / "x.jsonl", {"a": "one", "b": "two", "c": "never"}  # b: at the third try
-    model = scripted(lambda name: FINE if name.split("|")[1:3] in (["a", "0"], ["b", "2"]) else '{"3": "one"')
-    options = {"plan": "all-levels", "seed": 7, "out": out}
-    best = generate(queries, model, **options, retries=2)
-    assert [record["error"] for record in best] == [None, None, "levels 2, 1, 0 missing (found 1 of 4)"]
-    assert (best[2]["passages"], best[2]["reply"]) == (None, '{"3": "one"')
-    assert (best[2]["parameters"]["max_new_tokens"], best[2]["parameters"]["drawn"]) == (400, {})
-    assert [row["id"] + str(row["attempt"]) for row in records_of(out)] == "c0 a0 b0 c1 b1 c2 b2".split()
-    ASKED.clear()
-    assert generate(queries, model, **options, retries=2) == best and ASKED == []
-    generate(queries, model, **options, retries=3)
-    assert [name.split("|")[1:3] for name in ASKED] == [["c", "3"]] and len(load_lists([out])) == 2
-    sentences = " ".join(f"Sentence {n} has words{n} like town{n}." for n in range(6))
-    records = generate(queries, scripted(lambda name: "short" if name == "0|b|0|(2,)" else sentences))
-    assert [len(record["reply"]) for record in records] == [4, 2, 4]  # b is asked no further
-    assert records[1]["error"].startswith("level 2: expected 15") and [*records[0]["passages"]] == [*"3210"]
+def test_a_reply_depends_on_its_name_alone(tiny):
+    options = {"sampling": Sampling(20, 1.0, 1.0, 0), "pool": list(QUERIES.values())}
+    whole = generate(QUERIES, LocalGenerator(tiny, "cpu"), **options)
+    sevens = LocalGenerator(tiny, "cpu", batch_size=7)
+    assert generate(dict(reversed(QUERIES.items())), sevens, **options)[::-1] == whole
+    assert generate({"l5": QUERIES["l5"]}, sevens, **options) == [whole[5]]
+    assert len({str(record["reply"]) for record in whole}) == 24
 
-def test_killed_or_cut_at_any_moment_the_file_ends_the_same(tmp_path):
-    """SIGKILL at ten random moments, then cuts at random bytes: byte for byte the undisturbed file."""
-    model = scripted(lambda name: (time.sleep(0.002), FINE if int(name.split("|")[1][1:]) % 3 else "no")[1])
-    run = partial(generate, [f"query number{n}" for n in range(60)], model, plan="all-levels", retries=2)
-    run(out=tmp_path / "whole")
-    expected, out, rng, killed = (tmp_path / "whole").read_bytes(), tmp_path / "x", random.Random(11), 0
-    while killed < 10:
-        process = multiprocessing.get_context("fork").Process(target=run, kwargs={"out": out})
+
+def test_a_template_without_a_systems_turn_gets_its_text_in_front(tiny):
+    model = LocalGenerator(tiny, "cpu")
+    model.tokenizer.chat_template = NO_SYSTEM
+    assert model.tokenizer.decode(model.prompt(CHAT)) == "[END] the cat is blue"
+
+
+def test_reasoning_that_the_template_opens_is_no_passage(tiny):
+    model = LocalGenerator(tiny, "cpu")
+    model.tokenizer.add_tokens("<think>")
+    model.model.resize_token_embeddings(len(model.tokenizer))
+    model.tokenizer.chat_template = TEMPLATE + "<think>"
+    [record] = generate(["why is sky blue"], model)
+    assert record["error"] == "the reasoning has no end, so there is no answer"
+
+
+def test_a_record_has_all_that_its_reply_depends_on():
+    [record] = generate(["one"], scripted(lambda name: FINE), plan="all-levels", seed=7)
+    fields = "id query prompt_version plan generator parameters seed attempt reply passages error"
+    assert " ".join(record) == fields
+    parameters = {"levels": [3, 2, 1, 0], **asdict(Sampling(400)), "drawn": {}}
+    assert record["parameters"] == parameters
+    assert record["passages"] == json.loads(record["reply"])
+
+
+def test_a_failed_reply_is_asked_again_until_it_is_read(tmp_path):
+    asked = []
+
+    def answer(name):  # a is fine at its second attempt, b never
+        asked.append(name)
+        return FINE if name == "0|a|1|(3, 2, 1, 0)" else "no"
+
+    out = tmp_path / "new" / "lists.jsonl"
+    for retries in (2, 3):
+        options = {"plan": "all-levels", "retries": retries, "out": out}
+        best = generate({"a": "one", "b": "two"}, scripted(answer), **options)
+        assert [record["attempt"] for record in best] == [1, retries]
+    assert [name.split("|")[1:3] for name in asked[2:]] == [
+        ["a", "1"],
+        ["b", "1"],
+        ["b", "2"],
+        ["b", "3"],
+    ]
+    assert [item.id for item in load_lists([out])] == ["a"]
+
+
+def test_after_a_failed_level_no_further_one_is_asked():
+    [record] = generate(["one"], scripted(lambda name: PROSE if "(3,)" in name else "short"))
+    assert record["reply"] == [PROSE, "short"]
+
+
+def run_slowly(out):
+    tqdm.set_lock(threading.RLock())  # a killed process would keep the common one for ever
+
+    def answer(name):
+        time.sleep(0.002)
+        return FINE if int(name.split("|")[1][1:]) % 3 else "no"
+
+    queries = [f"query number{n}" for n in range(60)]
+    generate(queries, scripted(answer), plan="all-levels", retries=2, out=out)
+
+
+def test_a_killed_command_goes_on_with_the_same_result(tmp_path):
+    out = tmp_path / "out"
+    rng = random.Random(11)
+    for _ in range(10):
+        process = multiprocessing.get_context("fork").Process(target=run_slowly, args=[out])
         process.start()
         process.join(rng.uniform(0.0, 0.06))
         process.kill()
         process.join()
-        killed += process.exitcode != 0
-        if out.exists() and out.read_bytes() == expected:
-            out.unlink()  # it came to its end: once more from the start
-    for cut in (None, *rng.sample(range(expected.index(b"\n") + 1, len(expected)), 5)):
-        if cut:
-            out.write_bytes(expected[:cut])
-        run(out=out)
-        assert out.read_bytes() == expected and expected.count(b"\n") == 60 + 20 + 20
+    run_slowly(out)
+    run_slowly(tmp_path / "whole")
+    assert out.read_bytes() == (tmp_path / "whole").read_bytes()
 
-RECORD = json.dumps(dict.fromkeys(FIELDS, "x") | {"parameters": {}}).encode()
-FOREIGN = [b'{"_id": "a"}\n', b"notes", b'{"a": 1}\n{"torn', RECORD[:90], RECORD, RECORD + b"\nnotes\n{"]
-REFUSALS = """--temperature 0.5 | temperature 1.0, this run has 0.5; --temperature nan | expected max_
---temperature 0 | temperature 1.0, this run has 0.0; --seed 4 | was written with seed 3, this run has 4
---plan all-levels | was written with prompt_sha256; --dtype int32 | unknown dtype; --out FOLDER | is a folder
---queries OTHER | with query 'how bread dough rise', this run has 'another'; --batch-size 0 | --batch-size
---limit 0 | --limit; --retries -1 | --retries; --shard 3/2 | --shard; --shard 0/2 | --shard; --top-p 0 | <= 1
---max-new-tokens 0 | max_new_tokens >= 1; --queries NONE | cannot be read; --model no-such | unknown model
---out /dev/null | expected records; --queries LONG --out LONG | expected records; --model PLAIN | --no-chat-
---queries LONG --out NEW | query 'long': does not fit; --model BROKEN | chat template fails.* no system"""
 
-def test_what_the_command_refuses(command, tiny_llama, tmp_path, monkeypatch, capsys):
-    out, _ = tmp_path / "OUT", (tmp_path / "FOLDER").mkdir()
-    assert main(command) == 0
-    before = out.read_bytes()
-    (tmp_path / "OTHER").write_text('{"_id": "l0", "text": "another"}\n')
-    (tmp_path / "LONG").write_text('{"_id": "long", "text": "' + "word1 " * 600 + '"}\n')
-    plain = make_model(tiny_llama, tmp_path / "PLAIN", template=None)
-    make_model(tiny_llama, tmp_path / "BROKEN", template="{{ raise_exception('no system') }}")
-    for line in re.split("; |\n", REFUSALS):
-        options, reason = re.sub("[A-Z]{3,}", lambda name: str(tmp_path / name[0]), line).split(" | ")
-        assert re.search(reason, refused(capsys, *command, *options.split())), line
-    assert main([*command, "--model", plain, "--no-chat-template", "--out", f"{tmp_path}/plain"]) == 0
-    with checkpoints.locked(out):
-        assert "another process is writing" in refused(capsys, *command)
-    monkeypatch.setattr(LocalGenerator, "reply", Mock(side_effect=KeyboardInterrupt))
-    assert main([*command, "--retries", "1"]) == 130 and "goes on from here" in capsys.readouterr().err
-    assert out.read_bytes() == before and not (tmp_path / "NEW").exists()
-    monkeypatch.setattr(module, "LocalGenerator", None)  # what is not its own is refused before any work
-    for content in FOREIGN:
-        out.write_bytes(content)
-        assert "expected records" in refused(capsys, *command) and out.read_bytes() == content
+@pytest.mark.parametrize("share", [0.001, 0.01, 0.3, 0.5, 0.77, 0.999])
+def test_a_file_cut_at_any_byte_ends_the_same(tmp_path, share):
+    out = tmp_path / "out"
+    run_slowly(out)
+    expected = out.read_bytes()
+    out.write_bytes(expected[: int(share * len(expected))])
+    run_slowly(out)
+    assert out.read_bytes() == expected
 
-def test_parts_joined_with_cat_are_the_whole_and_limits_are_nested(command, tmp_path, capsys):
-    def made(name, *more):
-        assert main([*command, *more, "--out", str(tmp_path / name)]) == 0
-        return {record["id"]: record for record in records_of(tmp_path / name)}
-    whole, parts = made("OUT"), [made(f"part{number}", "--shard", f"{number}/3") for number in (1, 2, 3)]
-    assert sum(map(len, parts)) == len(whole) == 24 and parts[0] | parts[1] | parts[2] == whole
-    (tmp_path / "joined").write_bytes(b"".join((tmp_path / f"part{n}").read_bytes() for n in (1, 2, 3)))
-    assert made("joined") == whole and len(records_of(tmp_path / "joined")) == 24
-    assert made("3", "--limit", "3").keys() < made("9", "--limit", "9").keys()
-    assert re.search(r"9: 0 of 9 have passages; failed: l\d+: level 3", capsys.readouterr().out)
 
-def test_query_files(tmp_path):
-    row = '{"_id": "%s", "text": "%s"}\n'
-    for name, keys, text in (
-            ("x.jsonl", "a 7", row % ("a", " one  two ") + '{"_id": 7, "text": "three"}\n'),
-            ("x.jsonl.gz", "q00001 z", '{"query": "one two"}\n{"query": "three", "id": "z", "reply": 1}\n'),
-            ("x.txt.gz", "q00001 q00003", "\ufeffone two\n\nthree\n")):
-        (tmp_path / name).write_bytes(gzip.compress(text.encode()) if ".gz" in name else text.encode())
-        assert read_queries(tmp_path / name) == dict(zip(keys.split(), ["one two", "three"], strict=True))
-    bad = {row % ("a", "one") + row % ("a", "two"): ":2: the id 'a' or", '{"_id": "a"}\n': ":1: field 'text'"}
-    bad |= {row % ("a", "one") + row % ("b", "One "): ":2: the id 'b' or", "": "found none"}
-    for text, reason in bad.items():
-        (tmp_path / "bad.jsonl").write_text(text)
-        with pytest.raises(ValueError, match=reason):
-            read_queries(tmp_path / "bad.jsonl")
-    for texts, more in ((["a", " "], {}), (["a"], {"retries": -1}), (["a"], {"shard": (2, 2)})):
-        with pytest.raises(ValueError, match="expected text in all queries, retries >= 0"):
-            generate(texts, scripted(str), **more)
+@pytest.mark.parametrize(
+    ("other", "reason"),
+    [
+        ({"sampling": Sampling(100, 0.5)}, "temperature 0.7, this run has 0.5"),
+        ({"seed": 4}, "seed 0, this run has 4"),
+        ({"plan": "by-level"}, "plan 'all-levels', this run has 'by-level'"),
+        ({"queries": ["two"]}, "query 'one', this run has 'two'"),
+    ],
+)
+def test_a_file_is_not_gone_on_with_under_other_settings(tmp_path, other, reason):
+    options = {"queries": ["one"], "plan": "all-levels", "out": tmp_path / "out"}
+    model = scripted(lambda name: FINE)
+    generate(generator=model, **options)
+    with pytest.raises(ValueError, match=reason):
+        generate(generator=model, **options | other)
 
-GOOD = json.dumps({"choices": [{"message": {"content": f"{FINE} \ud800"}}]}).encode()
+
+@pytest.mark.parametrize("content", ["notes", "notes\n", '{"id": 1}\n', '{"a": 1}\n{"id": '])
+def test_a_file_of_somebody_else_stays_as_it_is(tmp_path, content):
+    out = tmp_path / "out"
+    out.write_text(content)
+    with pytest.raises(ValueError, match="expected records of this very command"):
+        generate(["one"], scripted(lambda name: FINE), out=out)
+    assert out.read_text() == content
+
+
+def refused(capsys, *command):
+    assert main([str(part) for part in command]) == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "reason"),
+    [
+        ("--batch-size", 0, "--batch-size"),
+        ("--retries", -1, "--retries"),
+        ("--top-p", 0, "0 < top_p <= 1"),
+        ("--temperature", "nan", "temperature and top_k >= 0"),
+        ("--max-new-tokens", 500, "24 of 24 do not fit into the model's 512 tokens"),
+        ("--queries", "none", "cannot be read"),
+        ("--model", "no-such", "unknown model"),
+        ("--out", ".", "is not a file"),
+        ("--base-url", "http://me:hush@host/v1", "expected --base-url"),
+    ],
+)
+def test_what_the_command_refuses(command, tmp_path, capsys, option, value, reason):
+    message = refused(capsys, *command, option, value)
+    assert reason in message
+    assert "hush" not in message
+    assert not (tmp_path / "OUT").exists()
+
+
+def test_a_model_without_a_chat_template_needs_an_option(command, tiny_llama, capsys):
+    command += ["--model", str(tiny_llama), "--limit", "1"]
+    assert "its chat template fails; --no-chat-template?" in refused(capsys, *command)
+    assert main([*command, "--no-chat-template"]) == 0
+
+
+def test_a_query_that_does_not_fit_is_left_out_and_named(capsys):
+    model = scripted(lambda name: FINE)
+    model.context = 2000
+    queries = {"long": "word " * 600, "short": "word"}
+    [record] = generate(queries, model, plan="all-levels")
+    assert record["id"] == "short"
+    assert "1 of 2 do not fit into the model's 2000 tokens" in capsys.readouterr().err
+
+
+def test_a_larger_limit_holds_a_smaller_one(command, tmp_path, capsys):
+    assert main([*command, "--limit", "3"]) == 0
+    assert main([*command, "--limit", "9"]) == 0
+    assert len(records_of(tmp_path / "OUT")) == 9
+    assert "0 of 9 have passages\nfailed: l" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "ids"),
+    [
+        ("x.jsonl", '{"_id": "a", "text": " one  two "}\n{"_id": 7, "text": "three"}', ["a", "7"]),
+        ("x.jsonl.gz", '{"query": "one two"}\n{"query": "three", "id": "z"}', ["q00001", "z"]),
+        ("x.txt.gz", "\ufeffone two\n\nthree\n", ["q00001", "q00003"]),
+    ],
+)
+def test_files_of_queries(tmp_path, name, text, ids):
+    opener = gzip.open if name.endswith(".gz") else open
+    with opener(tmp_path / name, "wt", encoding="utf-8") as file:
+        file.write(text)
+    assert read_queries(tmp_path / name) == dict(zip(ids, ["one two", "three"], strict=True))
+
+
+def test_a_repeated_query_is_left_out_and_named(tmp_path, capsys):
+    (tmp_path / "x.txt").write_text("one\ntwo\nOne\n")
+    assert list(read_queries(tmp_path / "x.txt").values()) == ["one", "two"]
+    message = "1 of 3 queries stood there before and are left out: 'line 3: One'"
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [("two", ":2: the id 'a' stands for another query"), (" ", ":2: field 'text'")],
+)
+def test_a_bad_row_of_queries_is_named(tmp_path, text, reason):
+    rows = [{"_id": "a", "text": "one"}, {"_id": "a", "text": text}]
+    with pytest.raises(ValueError, match=reason):
+        read_queries(write_jsonl(tmp_path / "bad.jsonl", rows))
+
+
+def choice(content, **more):
+    """The body of a server's answer."""
+    return json.dumps({"choices": [{"message": {"content": content}, **more}]})
+
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    def do_POST(self):  # as an OpenAI-compatible server; `script`: (status, body) to answer before it works
+    """An OpenAI-compatible server; `server.answer(query's text)` gives (status, body, headers)."""
+
+    def do_POST(self):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.seen.append((self.path, self.headers["Authorization"], request))
-        status, body = self.server.script.pop(0) if self.server.script else (200, GOOD)
-        if status:
-            self.send_response(status)
-            self.send_header("Location", "/elsewhere")
-            self.end_headers()
-        self.wfile.write(body)  # without a status it is no HTTP at all
+        status, body, headers = self.server.answer(request["messages"][1]["content"])
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body.encode())
+
+    def log_message(self, *args):
+        """Nothing on stderr, which tests read."""
+
 
 @pytest.fixture
 def server(monkeypatch):
+    """A running server that answers well; waiting takes no time and is written down."""
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret\n")
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listening:
-        listening.script, listening.seen, listening.pauses = [], [], []
-        monkeypatch.setattr(module.time, "sleep", listening.pauses.append)
+        listening.seen = []
+        listening.pauses = []
+        listening.answer = lambda text: (200, choice(FINE), {})
         listening.url = f"http://127.0.0.1:{listening.server_port}/v1"
+        monkeypatch.setattr(time, "sleep", listening.pauses.append)
         threading.Thread(target=listening.serve_forever, args=(0.01,), daemon=True).start()
         yield listening
         listening.shutdown()
 
-def test_a_server_writes_the_same_kind_of_records_and_may_be_busy(server, command, tmp_path):
-    server.script[:] = [(429, b""), (503, b""), (200, b"{"), (200, b"[]"), (200, GOOD)]
-    server.script += [(200, b"{}"), (None, b"no HTTP\r\n\r\n"), (None, b"")]
-    options = f"--out {tmp_path}/OUT.jsonl --base-url {server.url} --model big --plan all-levels --workers 1"
-    command = [*command[:2], *options.split(), "--top-k", "0"]
-    assert main(command) == 0 and len(load_lists([tmp_path / "OUT.jsonl"])) == 24
-    assert server.pauses[:9] == [0, 1, 2, 4, 8, 0, 1, 2, 4] and not any(server.pauses[9:])
-    (path, key, request), *_, last = server.seen
-    assert (path, key) == ("/v1/chat/completions", "Bearer sk-secret") and "top_k" not in request
-    assert (request["model"], request["max_tokens"], request["temperature"]) == ("big", 400, 0.7)
-    assert len(server.seen) == 24 + 7 and len({request["seed"] for *_, request in server.seen}) == 24
-    assert main([*command, "--workers", "4"]) == 0 and server.seen[-1] is last
 
-def test_server_errors_are_one_sentence_without_the_key(server, monkeypatch):
-    for reason, answer in {
-            r"1 tries, status 401: your key \*\*\* is": (401, b"your key sk-secret is\r\n\x1b[31m wrong"),
-            "1 tries, status 302": (302, b""), "5 tries, status 503": (503, b""),
-            "5 tries, no chat completion: Attr": (200, b'{"choices": [{"message": {"content": null}}]}'),
-            "5 tries, no chat completion: ReadError.*4000000": (200, b'"' + b"x" * 5_000_000 + b'"'),
-            "5 tries, no chat completion: RemoteProtocolError": (None, b"your \"sk-secret'\r\n\r\n")}.items():
-        server.script[:] = [answer] * 5
-        with pytest.raises(ValueError, match=reason) as caught:
-            generate(["one"], ServerGenerator(server.url, "m"), plan="all-levels")
-        assert (text := str(caught.value)).isprintable() and "sk-secret" not in text and len(text) < 500
-    bad = "http://me:hush@host/v1 host:hush/v1 http://host?key=hush http://host:hush file:///hush"
-    for url, key in [*((url, "") for url in bad.split()), ("http://host", "hush\nhush")]:
-        monkeypatch.setenv("OPENAI_API_KEY", key)
-        with pytest.raises(ValueError, match="^expected --base-url((?!hush).)*$"):
-            ServerGenerator(url, "m")
+def ask(server, queries=("one", "two", "three"), **options):
+    generator = ServerGenerator(server.url, "big")
+    return generate(list(queries), generator, plan="all-levels", **options)
 
-def test_the_committed_caches_keep_the_contract():
-    authored, made = map(records_of, CACHES)
-    pool = [row["query"] for row in authored]
-    specs = {f"authored-{path.stem[5:]}": path.read_bytes() for path in CACHES[0].parent.glob("SPEC-*.md")}
-    for row in made:  # what today's prompt code would have asked and read
-        calls = zip(prompts.calls("by-level"), row["reply"], strict=False)
-        try:
-            found = [prompts.read_reply("by-level", asked, text) for asked, text in calls]
-            assert row["passages"] == {str(level): text for one in found for level, text in one.items()}
-        except prompts.ReplyError as reason:
-            assert row["error"] == str(reason) and row["passages"] is None
-        assert row["parameters"].pop("drawn") == prompts.draw(row["query"], pool, 1) and row["seed"] == 1
-        assert row["parameters"] == made[0]["parameters"] and row["prompt_sha256"][:16] == "e7e6da8299730b78"
-    for row in authored:
-        assert row["prompt_sha256"] == hashlib.sha256(specs[row["prompt_version"]]).hexdigest()
-    assert all(list(row) == list(FIELDS) for row in authored + made)
-    assert [len(load_lists([cache])) for cache in CACHES] == [1260, 418] and len(set(pool)) == 1260
-    assert len({(row["id"], row["attempt"]) for row in made}) == len(made) == 521
+
+def test_a_server_is_asked_with_all_settings(server):
+    ask(server, QUERIES.values(), sampling=Sampling(top_k=0))
+    path, key, request = server.seen[0]
+    assert path == "/v1/chat/completions"
+    assert key == "Bearer sk-secret"
+    assert request["max_tokens"] == 400
+    assert "top_k" not in request
+    assert len({request["seed"] for _, _, request in server.seen}) == 24
+
+
+def test_a_busy_server_is_asked_again_after_the_time_that_it_names(server):
+    busy = [(429, "", {"Retry-After": "60"}), (503, "", {"Retry-After": "20"})]
+    server.answer = lambda text: busy.pop(0) if busy else (200, choice(FINE), {})
+    [record] = ask(server, ["one"])
+    assert record["error"] is None
+    assert server.pauses == [60, 20]
+
+
+def test_a_busy_server_that_names_no_time_gets_a_good_minute(server):
+    server.answer = lambda text: (429, "", {})
+    with pytest.raises(ValueError, match="all 1 queries of a batch failed: Error code: 429"):
+        ask(server, ["one"])
+    assert sum(server.pauses) > 60
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        ((400, '{"error": {"code": "content_filter", "message": "filtered"}}'), "Error code: 400"),
+        ((500, "it crashed"), "Error code: 500"),
+        ((200, choice(None, finish_reason="stop")), "no content, finish reason stop"),
+        ((200, choice("Half of", finish_reason="content_filter")), "reason content_filter"),
+        ((200, '{"choices": []}'), "no chat completion"),
+        ((200, "<html>"), "no chat completion"),
+        ((200, "{"), "no chat completion"),
+        ((200, choice([1])), "no content"),
+    ],
+)
+def test_one_query_that_is_refused_for_good_is_recorded(server, tmp_path, answer, reason):
+    json_type = {"Content-Type": "application/json"}
+    server.answer = lambda text: (*(answer if "two" in text else (200, choice(FINE))), json_type)
+    records = ask(server, out=tmp_path / "out")
+    assert [record["passages"] is None for record in records] == [False, True, False]
+    assert reason in records[1]["error"]
+    before = len(server.seen)
+    assert ask(server, out=tmp_path / "out") == records
+    assert len(server.seen) == before
+    assert ask(server, out=tmp_path / "out", retries=1)[1]["attempt"] == 1
+
+
+@pytest.mark.parametrize("status", [302, 401, 402, 403, 404, 400, 500, 503])
+def test_what_concerns_all_queries_stops_the_command(server, command, tmp_path, capsys, status):
+    body = json.dumps({"error": {"message": "your key sk-secret is\n\x1b[31m wrong"}})
+    server.answer = lambda text: (status, body, {"Location": "/elsewhere"})
+    message = refused(capsys, *command, "--base-url", server.url)
+    assert f"Error code: {status} - your key *** is" in message
+    assert message.strip().isprintable()
+    assert "sk-secret" not in message
+    assert {path for path, _, _ in server.seen} == {"/v1/chat/completions"}
+    assert not (tmp_path / "OUT").exists()
+
+
+def test_a_key_that_is_no_plain_word_is_refused_and_not_shown(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "hush\nhush")
+    with pytest.raises(ValueError, match="^((?!hush).)*a plain OPENAI_API_KEY$"):
+        ServerGenerator("http://host/v1", "m")
+
+
+def test_the_committed_lists_are_what_is_asked_and_read_today():
+    pool = [record["query"] for record in records_of(AUTHORED)]
+    for record in records_of(AUTHORED.with_name("smollm2-135m.jsonl")):
+        assert record["parameters"]["drawn"] == prompts.draw(record["query"], pool, 1)
+        for level, passage in (record["passages"] or {}).items():
+            reply = record["reply"][3 - int(level)]
+            assert prompts.read_reply("by-level", (level,), reply) == {level: passage}
+
+
+@pytest.mark.parametrize(("name", "count"), [("authored", 1260), ("smollm2-135m", 418)])
+def test_the_committed_lists_are_read(name, count):
+    assert len(load_lists([AUTHORED.with_name(f"{name}.jsonl")])) == count
+
 
 @pytest.mark.checkpoint
-def test_the_built_in_model_writes_what_it_wrote_for_the_committed_cache():
-    record = records_of(CACHES[1])[0]
+def test_the_built_in_model_writes_what_it_wrote_for_the_committed_lists():
+    record = records_of(AUTHORED.with_name("smollm2-135m.jsonl"))[0]
     chat = prompts.messages("by-level", (3,), record["query"], record["parameters"]["drawn"])
-    text = LocalGenerator(device="cpu").reply([(chat, f"1|{record['id']}|0|(3,)")], Sampling(12))[0]
-    assert len(text.split()) > 5 and record["reply"][0].startswith(text)
+    jobs = [(chat, f"1|{record['id']}|0|(3,)")]
+    [text] = LocalGenerator(device="cpu").reply(jobs, Sampling(12))
+    assert len(text.split()) > 5
+    assert record["reply"][0].startswith(text)

@@ -1,297 +1,275 @@
-"""The training loop: learning, repeating, resuming, refusing, and two ranks against one."""
+"""Training: the loop, its records, what it refuses, two ranks against one, the command."""
 
 import json
+import math
 import os
-import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import graded_lists, write_jsonl, write_lists
-from transformers import AutoConfig, AutoModel
+from torch import nn
+from torch.testing import assert_close
 
-from repro import evaluate
-from repro.data import collate
+from repro.data import as_collection, collate
 from repro.encoder import BiEncoder
 from repro.losses import LOSSES
-from repro.train import COSINE, TrainConfig, batch_loss, filled, learning_rate, loss_function, main, train
+from repro.train import (
+    TrainConfig,
+    batch_loss,
+    epoch_order,
+    filled,
+    fit,
+    learning_rate,
+    loss_function,
+    main,
+    train_encoder,
+)
 
-ROOT = Path(__file__).parents[1]
-UNEVEN = [replace(x, passages=x.passages[: 2 + n % 3], grades=x.grades[: 2 + n % 3])
-          for n, x in enumerate(graded_lists())]
+SMALL = {"batch_size": 4, "steps": 2, "temperature": 1, "lr": 5e-3, "device": "cpu"}
 
-def run(folder: Path, model: Path, name: str = "out", lists: list | None = None, **options) -> dict:
-    settings = {"out": str(folder / name), "model": str(model), "batch_size": 4, "lr": 5e-3, "device": "cpu"}
-    return train(TrainConfig(**{**settings, "epochs": 3, **options}), lists or graded_lists(), progress=False)
 
-def log(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+def trained(model, **options):
+    """A short run in memory: the encoder and the losses."""
+    encoder = BiEncoder.load(model, "cpu")
+    config = TrainConfig(**SMALL | options)
+    _, rows, _ = train_encoder(encoder, graded_lists(), config)
+    return encoder, [row["loss"] for row in rows]
 
-def losses(folder: Path) -> list[float]:
-    return [row["loss"] for row in log(folder)]
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_every_loss_goes_down_and_the_model_is_saved(loss: str, tiny_llama: Path, tmp_path: Path) -> None:
-    record = run(tmp_path, tiny_llama, loss=loss, temperature=0.5, epochs=8)
-    rows = losses(tmp_path / "out")
-    assert len(rows) == record["steps"] == 32 and sum(rows[-4:]) < 0.8 * sum(rows[:4])
-    before, after = BiEncoder.load(tiny_llama), BiEncoder.load(tmp_path / "out")
-    assert not torch.equal(before.encode(["moon tide"]), after.encode(["moon tide"]))
-    saved = json.loads((tmp_path / "out" / "train.json").read_text())
-    assert saved["settings"]["loss"] == loss and saved["machine"]["torch"] == torch.__version__
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-def test_training_ranks_the_grades(tiny_bert: Path, tmp_path: Path) -> None:
-    run(tmp_path, tiny_bert, temperature=0.5, label_temperature=0.5, epochs=12)
-    right = []
-    for model in (BiEncoder.load(tiny_bert), BiEncoder.load(tmp_path / "out")):
-        ranked = [model.encode([x.query], "query") @ model.encode(x.passages).T for x in graded_lists()]
-        right.append(sum(int(scores.argmax() == 0) for scores in ranked))
-    assert right[1] >= 14 > right[0], right
-
-def test_same_seed_same_losses_other_seed_other_order(tiny_bert: Path, tmp_path: Path) -> None:
-    """BERT has dropout, so this also checks that the random state is part of the seed."""
-    for name, seed, warmup in (("a", 1, 0.05), ("b", 1, 0.05), ("c", 2, 0.05), ("d", 1, 1.0)):
-        run(tmp_path, tiny_bert, name, seed=seed, warmup=warmup)
-    a, b, c, d = (losses(tmp_path / name) for name in "abcd")
-    assert a == b != c and d[0] == a[0] and d != a  # the rate follows its schedule
-
-@pytest.mark.parametrize("loss", LOSSES)
-def test_padding_chunks_and_accumulation(loss: str, tiny_llama: Path, tmp_path: Path) -> None:
-    runs = {"plain": {}, "chunk": {"chunk": 3}, "two": {"accumulate": 2}, "still": {"lr": 1e-30}}
-    for name, options in runs.items():
-        run(tmp_path, tiny_llama, name, UNEVEN, loss=loss, epochs=1, **options)
-    plain, chunk, two, still = (losses(tmp_path / name) for name in runs)
-    assert chunk == pytest.approx(plain, abs=1e-4)
-    # Two losses of 4 lists make one step: the loss's batch does not grow, their mean is what is logged.
-    assert len(two) == 2 and two[0] == pytest.approx(sum(still[:2]) / 2, abs=1e-6)
-
-def test_options_reach_the_loss(tiny_llama: Path) -> None:
-    encoder, batch = BiEncoder.load(tiny_llama, device="cpu"), collate(UNEVEN[:8])
-    real = batch.mask.flatten()  # padding has no part in the loss
-    with torch.no_grad():
-        scores = encoder.encode(batch.queries, "query") @ encoder.encode(batch.passages)[real].T
-        own = torch.eye(8).repeat_interleave(4, dim=1)[:, real]  # (B, N)
-        labels = own * batch.labels.flatten()[real]
-        for loss, options in (("wasserstein_1d", {"order": 2, "axis": "gain"}), ("kl", {"target": "own"}),
-                              ("infonce", {"ignore_between": True})):
-            settings = TrainConfig(loss=loss, temperature=0.7, label_temperature=0.5, **options)
-            found = batch_loss(encoder, batch, loss_function(settings), settings.target == "own")
-            extra = {"label_temperature": 0.5} if loss != "infonce" else {}
-            extra |= {"target_mask": own > 0} if "target" in options else options
-            expected = LOSSES[loss](scores, labels, 0.7, **extra)
-            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
-
-def test_weights_are_averaged_with_the_start(tiny_llama: Path, tmp_path: Path) -> None:
-    for name, share in (("all", 1.0), ("half", 0.5), ("none", 0.0)):
-        run(tmp_path, tiny_llama, name, average=share)
-    folders = (tiny_llama, *(tmp_path / name for name in ("all", "half", "none")))
-    start, *rest = [BiEncoder.load(folder).model.norm.weight for folder in folders]
-    assert torch.equal(rest[2], start) and not torch.equal(rest[0], start)
-    torch.testing.assert_close(rest[1], (start + rest[0]) / 2)
-
-SLOW = """
-import sys, time
-from repro import train
-step = train.batch_loss
-train.batch_loss = lambda *args: time.sleep(0.15) or step(*args)
-sys.exit(train.main(sys.argv[1:]))
-"""
-
-def test_killed_run_goes_on_to_the_same_weights_and_has_a_lock(tiny_bert: Path, tmp_path: Path) -> None:
-    options = ["--lists", str(write_lists(tmp_path / "lists.jsonl")), "--model", str(tiny_bert)]
-    options += "--batch-size 4 --epochs 4 --lr 5e-3 --checkpoint-every 2 --device cpu".split()
-    assert main([*options, "--out", str(tmp_path / "whole")]) == 0
-    command = [sys.executable, "-c", SLOW, *options, "--out", f"{tmp_path}/killed/"]  # a slash does no harm
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, cwd=ROOT)
-    state = tmp_path / "killed.partial" / "state.safetensors"
-    deadline = time.monotonic() + 120
-    while not state.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert main([*options, "--out", str(tmp_path / "killed")]) == 2  # another process is at it
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert state.exists() and not (tmp_path / "killed").exists()
-    assert main([*options, "--out", str(tmp_path / "killed")]) == 0
-    assert log(tmp_path / "killed") == log(tmp_path / "whole") and len(log(tmp_path / "whole")) == 16
-    weights = [BiEncoder.load(tmp_path / name).model.state_dict() for name in ("whole", "killed")]
-    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
-    assert {p.name for p in tmp_path.iterdir() if p.name[0] != "."} == {"killed", "lists.jsonl", "whole"}
-
-def test_finished_and_foreign_folder(tiny_llama: Path, tmp_path: Path, capsys, monkeypatch) -> None:
-    renamed, rename = [], os.rename
-    monkeypatch.setattr(Path, "rename", lambda a, b: renamed.append({*os.listdir(a)}) or rename(a, b))
-    assert run(tmp_path, tiny_llama) == run(tmp_path, tiny_llama)
-    assert renamed[-1] >= {"model.safetensors", "log.jsonl", "train.json"}  # the last step has all
-    assert "finished already" in capsys.readouterr().err
-    for name in ("foreign", "mine.partial"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "thesis.txt").write_text("precious")
-    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    for options, message in [({"seed": 1}, "seed is 0 there and 1 here"), ({"name": "link"}, "symlink"),
-            ({"name": "foreign"}, "not empty"), ({"name": "mine"}, "no run of this command"),
-            ({"out": "."}, "working folder"), ({"name": "new", "freeze": 9}, "freeze: expected"),
-            ({"name": "new", "accumulate": 99}, "steps: expected a number of 1 or more, got 0")]:
-        with pytest.raises(ValueError, match=message):
-            run(tmp_path, tiny_llama, **options)
-    with pytest.raises(ValueError, match="lists_sha256"):
-        run(tmp_path, tiny_llama, lists=graded_lists(15))
-    run(tmp_path, tiny_llama, name="new", freeze=0)  # of the refused run nothing was kept
-    assert [f.read_text() for f in tmp_path.glob("*/thesis.txt")] == ["precious"] * 2
-
-BAD = "--lr 0|--lr inf|--lr nan|--epochs 0|--steps 0|--steps -5|--temperature 0|--label-temperature -1"
-BAD += "|--batch-size 0|--clip -1|--warmup nan|--warmup 2|--average 1.5|--checkpoint-every 0|--chunk 0"
-BAD += "|--accumulate 0|--freeze -1|--dtype int32|--order 3|--axis line|--loss hinge|--target none|--seed -1"
-BAD += "|--seed 9999999999|--negatives x|--recipe mixed|--recipe real|--model no|--lists gone.gz|--device x"
-
-@pytest.mark.parametrize("options", BAD.split("|"))
-def test_bad_settings(options: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch) -> None:
+@pytest.fixture
+def arguments(tiny_bert, tmp_path, monkeypatch):
+    """What the command takes, in a folder with two files of lists, of four and of two passages."""
     monkeypatch.chdir(tmp_path)
-    write_lists(tmp_path / "lists.jsonl")
-    assert main(["--lists", "lists.jsonl", "--model", "no-model", "--out", "new/x", *options.split()]) == 2
-    name, errors = options.split()[0].strip("-").replace("-", "_"), capsys.readouterr().err.splitlines()
-    assert len(errors) == 1 and errors[0].startswith("error: ")
-    assert "no-model" not in errors[0] and (name in errors[0] or options.split()[-1] in errors[0])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["lists.jsonl"]
+    write_lists(Path("lists.jsonl"))
+    pairs = [{"query": text, "passages": {"3": "tea", "0": "coffee"}} for text in ("tea", "bread")]
+    write_jsonl(Path("pairs.jsonl"), pairs)
+    line = f"--model {tiny_bert} --out out --batch-size 6 --device cpu --lr 5e-3"
+    return ["--lists", "lists.jsonl", "pairs.jsonl", *line.split()]
 
-def test_not_a_number_is_an_error(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"step \d: the loss is nan"):
-        run(tmp_path, tiny_llama, "a", lr=1e30)
-    with pytest.raises(ValueError, match="a trained weight is not a finite number"):
-        run(tmp_path, tiny_llama, lr=1e20, weight_decay=1e20, steps=1)
 
-def test_defaults(tiny_llama: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    raw, cosine = BiEncoder.load(tiny_llama, device="cpu"), BiEncoder.load(tiny_llama, device="cpu")
-    cosine.normalise, cosine.projection = True, torch.nn.Parameter(torch.eye(16))
-    for loss in LOSSES:
-        for encoder, expected in ((raw, (1.0, 1.0, 1e-5, 1)), (cosine, (*COSINE[loss], 4e-4, 5))):
-            found = filled(TrainConfig(loss=loss), encoder, 32)
-            assert (found.temperature, found.label_temperature, found.lr, found.steps // 2) == expected
-    assert filled(TrainConfig(temperature=0.7, epochs=4), cosine, 32).steps == 8
-    cosine.save(tmp_path / "mapped")
-    settings = TrainConfig(model=str(tmp_path / "mapped"), out=str(tmp_path / "out"), device="cpu")
-    record = train(settings, graded_lists(6), progress=False)
-    assert record["chosen"]["lr"] == 4e-4 and record["chosen"]["batch_size"] == 6 and record["steps"] == 5
-    assert "only 6 lists: a batch is 6 of them, not 16" in capsys.readouterr().err
-    after = BiEncoder.load(tmp_path / "out", device="cpu")
-    assert not torch.equal(after.projection, cosine.projection)
-    assert all(torch.equal(a, after.model.get_parameter(n)) for n, a in raw.model.named_parameters())
+def read_record(folder="out"):
+    return json.loads(Path(folder, "train.json").read_text())
 
-def test_defaults_for_cosines_are_those_of_the_best_trials() -> None:
-    table = json.loads((ROOT / "repro" / "experiment" / "results" / "tuning.json").read_text())["base"]
-    arms = dict(zip(LOSSES, ("InfoNCE, all lower", "KL", "1-D W", "Gaussian W2"), strict=True))
-    usual = {key: getattr(TrainConfig(), key) for key in ("target", "order", "axis")}
-    for loss, arm in arms.items():
-        rows = [row for row in table[arm]["trials"] if all(row.get(k, v) == v for k, v in usual.items())]
-        best = max(rows, key=lambda row: row["ndcg@10"])
-        assert COSINE[loss] == (best["temperature"], best.get("label_temperature", 1.0))
 
-def test_autocast_leaves_pooling_and_scores_in_float32(tiny_bert: Path) -> None:
-    encoder, seen = BiEncoder.load(tiny_bert, device="cpu").eval(), []
-    encoder.normalise = True
-    for enabled in (False, True):
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            batch_loss(encoder, collate(graded_lists(8)), lambda s, labels, mask: seen.append(s.detach()))
-    exact, mixed = seen
-    assert mixed.dtype == torch.float32 and not torch.equal(exact, mixed)  # the transformer ran in bfloat16
-    assert not torch.equal(mixed, mixed.bfloat16().float())  # but the scores are not rounded to it
-    torch.testing.assert_close(mixed, exact, atol=0.02, rtol=0)
+def read_log(folder="out"):
+    return [json.loads(line) for line in Path(folder, "log.jsonl").read_text().splitlines()]
 
-def test_learning_rate_warms_up_and_decays() -> None:
-    rates = [learning_rate(step, TrainConfig(lr=1.0, steps=100)) for step in range(100)]
-    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
-    assert all(a > b for a, b in zip(rates[4:], rates[5:], strict=False)) and 0 < rates[-1] < 0.02
-    assert learning_rate(0, TrainConfig(lr=1.0, steps=1)) == 1.0
 
-TWO_RANKS = """
-import sys, torch, torch.distributed as dist
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-from test_train import gradients
-dist.init_process_group("gloo")
-torch.save(gradients(Path(sys.argv[2])), f"{sys.argv[3]}.{dist.get_rank()}")
-"""
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_goes_down(loss, tiny_llama):
+    _, losses = trained(tiny_llama, loss=loss, steps=12, temperature=0.5)
+    assert sum(losses[-4:]) < 0.9 * sum(losses[:4])
 
-def gradients(model: Path) -> dict[str, torch.Tensor]:
-    """Loss and parameter gradients of one batch of 8 uneven lists, on one process or under torchrun."""
-    encoder = BiEncoder.load(model, device="cpu").eval()  # no dropout: two ranks draw other masks than one
-    several = torch.distributed.is_initialized()
-    wrapped = torch.nn.parallel.DistributedDataParallel(encoder) if several else encoder
-    # The loss that is wrong unless every rank sees the whole batch.
-    settings = TrainConfig(loss="wasserstein_gaussian", temperature=0.7, label_temperature=1.0)
-    value = batch_loss(wrapped, collate(UNEVEN[:8]), loss_function(settings))
-    value.backward()
-    named = encoder.named_parameters()
-    return {"loss": value.detach(), **{n: p.grad for n, p in named if p.grad is not None}}
 
-def torchrun(*arguments: str) -> str:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*command, *arguments], capture_output=True, timeout=300, env=environment, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return (done.stdout + done.stderr).decode()
+def test_the_learning_rate_rises_and_falls_linearly():
+    config = TrainConfig(lr=1.0, steps=5, warmup=0.4)
+    found = [learning_rate(step, config) for step in range(5)]
+    assert found == pytest.approx([0.5, 1, 0.75, 0.5, 0.25])
 
-def test_two_ranks_give_the_gradients_of_one(tiny_bert: Path, tmp_path: Path) -> None:
-    single = gradients(tiny_bert)
-    (tmp_path / "two.py").write_text(TWO_RANKS)
-    torchrun(str(tmp_path / "two.py"), str(Path(__file__).parent), str(tiny_bert), str(tmp_path / "grads"))
-    for rank in (0, 1):
-        found = torch.load(tmp_path / f"grads.{rank}", weights_only=True)
-        assert found.keys() == single.keys()
-        for name in single:
-            torch.testing.assert_close(found[name], single[name], atol=1e-5, rtol=0)
 
-def test_command_under_torchrun_equals_one_process(tiny_bert: Path, tmp_path: Path) -> None:
-    unused = {"is_decoder": True, "add_cross_attention": True}  # parameters that no text reaches
-    unused |= {"hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0}  # which ranks would draw apart
-    config = AutoConfig.from_pretrained(tiny_bert, **unused)
-    AutoModel.from_config(config).save_pretrained(shutil.copytree(tiny_bert, tmp_path / "bert"))
-    options = ["--lists", str(write_lists(tmp_path / "lists.jsonl")), "--model", f"{tmp_path}/bert"]
-    options += "--batch-size 4 --epochs 2 --lr 5e-3 --checkpoint-every 3 --device cpu --accumulate 2".split()
-    assert main([*options, "--out", str(tmp_path / "one")]) == 0
-    torchrun("-m", "repro.train", *options, "--chunk", "4", "--out", str(tmp_path / "two"))
-    assert len(losses(tmp_path / "two")) == 4 and losses(tmp_path / "two") == pytest.approx(
-        losses(tmp_path / "one"), abs=1e-4)
-    assert json.loads((tmp_path / "two" / "train.json").read_text())["ranks"] == 2
+def test_an_epoch_visits_every_list_once_in_an_order_of_its_own(tiny_llama):
+    seen = []
+    encoder = BiEncoder.load(tiny_llama, "cpu")
+    encoder.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs[0]))
+    config = TrainConfig(**SMALL | {"steps": 8})
+    train_encoder(encoder, graded_lists(), config)
+    queries = sorted(item.query for item in graded_lists())
+    assert sorted(seen[:16]) == queries
+    assert sorted(seen[16:]) == queries
+    assert seen[:16] != seen[16:]
 
-def test_two_ranks_share_the_encoding(tiny_bert: Path, tmp_path: Path) -> None:
-    options = f"--model {tiny_bert} --device cpu --dtype float32 --run".split()
-    assert evaluate.main([*options, f"{tmp_path}/1"]) == 0
-    shown = torchrun("-m", "--", "repro.evaluate", *options, f"{tmp_path}/2")
-    one, two = ([float(line.split()[4]) for line in (tmp_path / name).open()] for name in "12")
-    assert one == pytest.approx(two, abs=1e-5) and "/151" in shown and shown.count("ndcg@10") == 1
 
-def test_four_released_experiments(tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """README's own lines, in a folder that has the released layout under the names of the hub."""
+def test_the_same_seed_gives_the_same_losses_and_another_seed_others(tiny_bert):
+    losses = [trained(tiny_bert, seed=seed, dropout=0.1)[1] for seed in (1, 1, 2)]
+    assert losses[0] == losses[1]
+    assert losses[0] != losses[2]
+
+
+@pytest.mark.parametrize(("options", "same"), [({}, True), ({"dropout": 0.1}, False)])
+def test_without_dropout_the_forward_pass_in_training_is_deterministic(options, same, tiny_bert):
+    encoder, _ = trained(tiny_bert, **options)
+    encoder.train()
+    once, again = [encoder.embed(["moon tide"], "query") for _ in range(2)]
+    assert torch.equal(once, again) == same
+
+
+def test_embedding_in_chunks_changes_nothing(tiny_llama):
+    losses = [trained(tiny_llama, chunk=chunk)[1] for chunk in (None, 3)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_the_gradients_of_accumulated_losses_are_averaged(tiny_llama):
+    encoder = BiEncoder.load(tiny_llama, "cpu")
+    weights = encoder.trainable()
+    config = TrainConfig(**SMALL, accumulate=2)
+    lists = [graded_lists(8)[j] for j in epoch_order(8, 0, 0)]
+    losses = []
+    for half in (lists[:4], lists[4:]):
+        losses.append(batch_loss(encoder, collate(half), loss_function(config)))
+    gradients = torch.autograd.grad(sum(losses) / 2, weights)
+    row = next(fit(encoder, graded_lists(8), config, torch.optim.AdamW(weights)))
+    assert row["grad_norm"] == pytest.approx(nn.utils.get_total_norm(gradients).item(), rel=1e-4)
+
+
+OPTIONS = [
+    ("infonce", {"temperature": 2}),
+    ("kl", {"temperature": 2, "label_temperature": 3}),
+    ("wasserstein-1d", {"temperature": 2, "label_temperature": 3, "ties": "merged"}),
+]
+
+
+@pytest.mark.parametrize(("loss", "options"), OPTIONS)
+def test_settings_reach_the_loss(loss, options):
+    config = TrainConfig(loss=loss, temperature=2, label_temperature=3, ties="merged")
+    assert loss_function(config).keywords == options
+
+
+def test_a_linear_map_trains_longer_at_a_higher_rate(tiny_llama):
+    encoder = BiEncoder.load(tiny_llama, "cpu")
+    mapped = BiEncoder(encoder.model, encoder.tokenizer, projection=torch.eye(16))
+    config, rows, _ = train_encoder(mapped, graded_lists(), TrainConfig(batch_size=4))
+    assert (config.lr, len(rows)) == (4e-4, 20)
+    assert not torch.equal(mapped.projection, torch.eye(16))
+
+
+def test_with_few_lists_a_batch_is_smaller_and_this_is_said(tiny_llama, capsys):
+    config = filled(TrainConfig(), BiEncoder.load(tiny_llama, "cpu"), lists=6)
+    assert (config.batch_size, config.steps, config.lr) == (6, 1, 1e-5)
+    assert capsys.readouterr().err == "only 6 lists: a batch is 6 of them\n"
+
+
+@pytest.mark.parametrize(("ranks", "accumulate"), [(3, 1), (1, 2)])
+def test_settings_that_leave_no_step_are_refused(ranks, accumulate, tiny_llama):
+    encoder = BiEncoder.load(tiny_llama, "cpu")
+    with pytest.raises(ValueError, match="^batch_size: |^accumulate: "):
+        filled(TrainConfig(accumulate=accumulate), encoder, 16, ranks)
+
+
+def test_a_temperature_that_is_not_given_is_fitted_and_told(arguments, tiny_bert, capsys):
+    assert main(arguments) == 0
+    found = read_record()["settings"]["temperature"]
+    assert f"temperature {found:.4g}, fitted" in capsys.readouterr().err
+
+
+def test_the_record_and_the_log_say_what_was_done(arguments):
+    assert main([*arguments, "--temperature", "0.7"]) == 0
+    record = read_record()
+    assert record["settings"]["temperature"] == 0.7
+    assert [record[key] for key in ("queries", "steps", "ranks")] == [18, 3, 1]
+    assert record["machine"]["torch"] == torch.__version__
+    assert [row["step"] for row in read_log()] == [0, 1, 2]
+    assert {*read_log()[0]} == {"step", "epoch", "loss", "lr", "grad_norm"}
+
+
+def test_two_ranks_equal_one_process(arguments, monkeypatch):
+    arguments += ["--loss", "wasserstein_gaussian", "--epochs", "2", "--accumulate", "2"]
+    assert main(arguments) == 0
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    command = [*torchrun, "-m", "repro.train", *arguments, "--chunk", "4", "--out", "two"]
+    done = subprocess.run(command, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert read_record("two")["ranks"] == 2
+    one, two = [BiEncoder.load(folder).encode(["moon tide"]) for folder in ("out", "two")]
+    assert_close(two, one, atol=1e-5, rtol=0)
+
+
+def test_prompts_are_trained_with_and_saved(arguments):
+    assert main([*arguments, "--query-prompt", "how ", "--passage-prompt", "the "]) == 0
+    assert BiEncoder.load("out").prompts == {"query": "how ", "passage": "the "}
+
+
+def test_a_folder_that_exists_is_refused_before_any_work(arguments, capsys):
+    Path("out").mkdir()
+    write_lists(Path("out/mine.jsonl"))
+    assert main([*arguments, "--overwrite", "--model", "nowhere"]) == 2
+    assert "out: exists" in capsys.readouterr().err
+    assert Path("out/mine.jsonl").exists()
+
+
+def test_a_model_of_this_command_is_replaced_only_if_asked(arguments):
+    codes = [main([*arguments, *more]) for more in ([], [], ["--overwrite", "--seed", "7"])]
+    assert codes == [0, 2, 0]
+    assert read_record()["settings"]["seed"] == 7
+
+
+ERRORS = [
+    (["--lr", "1e30"], "the loss is nan"),
+    (["--model", "nowhere"], "nowhere"),
+    (["--lists", "gone.jsonl"], "gone.jsonl"),
+    (["--device", "abacus"], "abacus"),
+]
+
+
+@pytest.mark.parametrize(("options", "word"), ERRORS)
+def test_after_an_error_nothing_is_left(options, word, arguments, capsys):
+    assert main([*arguments, *options]) == 2
+    assert word in capsys.readouterr().err
+    assert sorted(os.listdir()) == ["lists.jsonl", "pairs.jsonl"]
+
+
+BAD = [
+    ("lr", 0),
+    ("lr", math.inf),
+    ("temperature", 0),
+    ("label_temperature", -1),
+    ("clip", math.nan),
+    ("epochs", 0),
+    ("steps", -5),
+    ("batch_size", 0),
+    ("accumulate", 0),
+    ("chunk", 0),
+    ("warmup", 2),
+    ("dropout", -0.1),
+    ("weight_decay", -1),
+    ("seed", -1),
+    ("loss", "hinge"),
+    ("ties", "even"),
+    ("dtype", "int32"),
+    ("recipe", "mixed"),
+    ("recipe", "real"),
+    ("negatives", "x"),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), BAD)
+def test_a_bad_setting_is_named(name, value):
+    with pytest.raises(ValueError, match=name):
+        TrainConfig(**{name: value})
+
+
+MINED = "BatsResearch/sycl/real_data/bm25_top_docs/train_qrels.jsonl"
+REAL = ["--real", "mteb/msmarco", "--negatives", MINED]
+LISTS = ["--lists", "BatsResearch/sycl/llama33_70b", "--queries", "mteb/msmarco"]
+RELEASED = [
+    ["--recipe", "real", *REAL, "--loss", "infonce"],
+    ["--recipe", "binary", *LISTS, "--loss", "infonce"],
+    [*LISTS, "--loss", "wasserstein_gaussian"],
+    [*LISTS, *REAL, "--loss", "wasserstein_gaussian"],
+]
+
+
+@pytest.mark.parametrize("options", RELEASED)
+def test_a_released_experiment_takes_its_first_steps(options, tiny_bert, tmp_path, monkeypatch):
+    """In a folder that has the released layout under the names of the hub."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny_bert, "facebook/contriever")
-    lists, sycl, real = graded_lists(128), Path("BatsResearch/sycl"), Path("mteb/msmarco")
-    rows = [(x.id, f"{x.id}-{y}", y, t) for x in lists for y, t in zip(x.grades, x.passages, strict=True)]
-    for place, judged in ((sycl / "llama33_70b", (3, 2, 1, 0)), (real, (3,))):
-        (place / "qrels").mkdir(parents=True)
-        table = [f"{query}\t{passage}\t{y}\n" for query, passage, y, _ in rows if y in judged]
-        (place / "qrels/train.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(table))
-        write_jsonl(place / "corpus.jsonl", [{"_id": key, "title": "", "text": t} for _, key, _, t in rows])
-    write_jsonl(real / "queries.jsonl", [{"_id": x.id, "text": x.query} for x in lists])
-    (sycl / "real_data/bm25_top_docs").mkdir(parents=True)
-    mined = [{"qid": x.id, "docid": [f"{x.id}-{y}" for y in (3, 2, 1, 0)]} for x in lists]
-    write_jsonl(sycl / "real_data/bm25_top_docs/train_qrels.jsonl", mined)
-    names, found = {}, {}
-    block = re.search(r"```bash\n(export RUN=.*?)```", (ROOT / "README.md").read_text(), re.S)
-    for line in block[1].splitlines():
-        name, _, value = line.removeprefix("export ").partition("=")
-        line = re.sub(r"\$(\w+)", lambda match: names[match[1]], line)
-        if line.startswith("export"):
-            names[name] = value.strip('"')
-        else:
-            options = line.partition(" -m repro.train ")[2].split()
-            assert main([*options, "--steps", "2", "--device", "cpu"]) == 0
-            record = json.loads(Path(options[-1], "train.json").read_text())
-            found[options[-1]] = record["settings"]["loss"], record["queries"], record["steps"]
-    assert [*found.values()] == [("infonce", 128, 2)] * 2 + [("wasserstein_gaussian", 128, 2)] * 2
+    corpus, queries, qrels = as_collection(graded_lists(8))
+    folder = Path("mteb/msmarco")
+    (folder / "qrels").mkdir(parents=True)
+    with open(folder / "qrels/train.tsv", "w") as file:
+        for query, judged in qrels.items():
+            file.writelines(f"{query}\t{key}\t{grade}\n" for key, grade in judged.items())
+    for name, texts in (("corpus", corpus), ("queries", queries)):
+        rows = [{"_id": key, "text": text} for key, text in texts.items()]
+        write_jsonl(folder / f"{name}.jsonl", rows)
+    shutil.copytree(folder, "BatsResearch/sycl/llama33_70b")
+    Path(MINED).parent.mkdir(parents=True)
+    write_jsonl(Path(MINED), [{"qid": key, "docid": list(corpus)} for key in queries])
+    usual = "--model facebook/contriever --batch-size 64 --accumulate 4 --lr 1e-5 --temperature 1"
+    assert main([*usual.split(), *options, "--steps", "2", "--out", "out"]) == 0
+    assert len(read_log()) == 2

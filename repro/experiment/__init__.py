@@ -1,1 +1,1 @@
-"""The experiment: what is compared, how it is run and recorded, how the claims are judged, and the tables."""
+"""The experiment: what is compared, how it is run and recorded, how claims are judged, the page."""

@@ -1,162 +1,280 @@
-"""The page of results, and README's table of verdicts, from the records alone."""
+"""The page of results and its two figures, from the records alone."""
 
-import argparse
-import json
 import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import Any
 
-from repro.checkpoints import ending, one_line, writing
+import pandas as pd
+
+from repro import plots
+from repro.compare import Comparison
 from repro.experiment import claims
-from repro.experiment.arms import ABLATIONS, MAIN, STARTS
-from repro.experiment.claims import CLAIMS, NO_VOTE, Run
-from repro.metrics import MEASURES
+from repro.experiment.arms import (
+    ABLATION_SEEDS,
+    ABLATION_START,
+    ABLATIONS,
+    BY_NAME,
+    FOUR,
+    MAIN,
+    REFERENCES,
+    STARTS,
+)
+from repro.experiment.claims import COLLECTIONS, FAMILIES
+from repro.support.files import run_command, write_text
 
-README, TITLE = Path(__file__).parents[2] / "README.md", "# Results, by `python -m repro.experiment.report`"
+README = Path(__file__).parents[2] / "README.md"
 BLOCK = re.compile(r"(<!-- results -->\n).*?(<!-- /results -->)", re.S)
-RULE = f"""Scores are nDCG@10 unless a table says otherwise, mean ± deviation over seeds. A difference is the
-mean over collections of the mean paired difference in nDCG@10, seeds averaged query by query; in brackets its
-95 % bootstrap interval (queries drawn anew within collections); p is that of a stratified paired permutation
-test. A collection without a vote ({", ".join(NO_VOTE)}) stays out of it, and of means over collections. A
-claim *holds* if p, Holm-corrected over the five claims of a start, is at most {claims.LEVEL} and the
-difference above 0; it *does not hold* if that p is at most {claims.LEVEL} and the difference below 0, or if
-the interval ends below {claims.WORTHWHILE}; else it is *undecided*. Empty: a seed was not run. "InfoNCE" is
-the released binary recipe; "all lower" has negatives 2, 1, 0, "middle left out" 0; "start" is untrained."""
-HOW = """Two commands make every row, from nothing (start one for each core with OMP_NUM_THREADS=1; a stopped
-one goes on) and from the records; `--start base --data sample` adds that column. The names are BEIR folders;
-wikiqa has the ids of wikiqa-graded.jsonl; `cached_prompts/README.md` says how to build dl19-pool.
-```
-python -m repro.experiment.run --wikiqa wikiqa --data dl19-pool wikiqa scifact cranfield
-python -m repro.experiment.report
-```"""
-LOSSES = ("InfoNCE, all lower", "InfoNCE, middle left out", "KL", "Gaussian W2")
-SECONDARY = (*(("C1", arm, "InfoNCE") for arm in LOSSES), *(("C1", "1-D W", arm) for arm in LOSSES),
-             *(("C2", arm, "start") for arm in ("InfoNCE", "KL", "Gaussian W2")),
-             *(("C3", arm, "InfoNCE, real") for arm in ("Gaussian W2", "1-D W, same questions")),
-             ("C4", "1-D W, synthetic + real", "InfoNCE, real"), ("C5", "1-D W, 2 grades", "InfoNCE"))
-PARENT = {arm.name: arm.parent.name for arms in ABLATIONS.values() for arm in arms}
-NAMES = ["BM25", "start", *(arm.name for arm in MAIN), *PARENT]
+PROTOCOL, OLD = "739ec7c", "bebf54e"  # commits: the rule before its first run; the old records
+ASKED = """Does training on graded synthetic lists with a Wasserstein loss do what the abstract
+says? Five claims, two starts, two families: the released Gaussian W2 and the kit's 1-D W."""
+LIMITS = """Limits: 1,260 lists by one writer, small encoders, seven small collections; the kit's
+own prompts; `all-minilm-l6-v2` has learned from human labels."""
+TUNING = """Four learning rates an arm; where the best lay at an edge, more beyond it, so that no
+choice lies at an edge."""
+WORDS = {
+    "C1": "graded lists with W beat InfoNCE on the same passages",
+    "C2": "training on them improves the start, without any real document",
+    "C3": "on other domains it beats InfoNCE on real data",
+    "C4": "adding real passages helps further",
+    "C5": "four levels beat two",
+}
+AXES = {"temperature": "multiple", "label temperature": "label_temperature", "queries": "queries"}
+RULE = f"""A difference is the mean over collections of the mean paired difference in nDCG@10, seeds
+averaged query by query. In brackets: its 95 % bootstrap interval, queries drawn anew within
+collections. p is that of a stratified paired permutation test; for the five claims of a family
+it is corrected by Holm. A claim *holds* if the corrected p is at most {claims.LEVEL} and the
+difference above 0; it is *reversed* if that p is at most {claims.LEVEL} and the difference
+below 0; else there is *no gain of .01* if the interval ends below +.01; else it is *undecided*.
+The protocol was changed after seeing the first four collections, so the fresh three
+({", ".join(claims.FRESH)}), which no earlier run had been scored on, also stand alone. Rule and
+arms: commit {PROTOCOL}, before the first run. The records and verdicts of the protocol before
+it are in commit {OLD}."""
+AGAIN = """The seven folders lie in one folder, DATA; `cached_prompts/README.md` says how each is
+built.
 
-def _shown(one: claims.Comparison | None) -> str:
-    return "{:+z.3f} ({:z.3f} to {:z.3f})".format(*one).replace("0.", ".") if one else ""
+    python -m repro.experiment.run --data DATA
+    python -m repro.experiment.report
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] * len(head), *rows))
+A stopped run goes on. Records: `runs.jsonl` (a line a run), `per_query.csv.gz` (nDCG@10 of each
+query), `tuning.json` (development data)."""
 
-def _order(names: Iterable[str]) -> list[str]:
-    return sorted(names, key=lambda name: (name not in claims.IN_DOMAIN, name))
 
-def _mean(run: Run, names: Iterable[str], measure: str = "ndcg@10") -> float:
-    return fmean(run["collections"][name]["metrics"][measure] for name in names)
+def shown(found: Comparison | None) -> str:
+    """+.010 (.005 to .016), or nothing where nothing was measured."""
+    if found is None:
+        return ""
+    text = f"{found.difference:+z.3f} ({found.low:z.3f} to {found.high:z.3f})"
+    return text.replace("0.", ".")
 
-def _by_arm(runs: Sequence[Run], start: str, group: str) -> tuple[dict[str, list[Run]], list[str], list[str]]:
-    """{arm: runs} of a group and its references or main arms; all collections; those shared, with a vote."""
-    here = [run for run in runs if run["start"] in (None, start)]
-    own = {r["arm"] for r in here if group == ("main" if r["group"] == "references" else r["group"])}
-    names = sorted(own | {PARENT.get(arm, arm) for arm in own}, key=NAMES.index)
-    arms = {name: found for name in names if (found := [run for run in here if run["arm"] == name])}
-    scored = [set(run["collections"]) for found in arms.values() for run in found]
-    return arms, _order(set().union(*scored)), _order(set.intersection(*scored or [set()]) - {*NO_VOTE})
 
-def claims_table(runs: Sequence[Run], start: str, pairs: Sequence[tuple[str, str, str]] = CLAIMS) -> str:
-    """Differences with interval and p, and each collection alone; the five claims with their verdicts."""
-    primary, judged = pairs is CLAIMS, claims.judge(runs, start, pairs)
-    names = _order({name for row in judged for name in row.collections})
-    rows = [(r.claim, r.text, _shown(r.comparison), f"{r.comparison.p:.4f}" if r.comparison else "",
-             *(f"{r.p:.4f}", f"**{r.verdict}**") * primary, *(_shown(r.collections.get(c)) for c in names))
-            for r in judged if primary or r.comparison]
-    return _table(("claim", "arms", "difference", "p", *("corrected p", "verdict") * primary, *names), rows)
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table in markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
-def means_table(runs: Sequence[Run], start: str, group: str, measure: str = "ndcg@10") -> str:
-    """Arms by collections, mean ± deviation over seeds; empty where a run of the arm was not scored."""
-    (arms, names, votes), rows = _by_arm(runs, start, group), []
-    for arm, found in arms.items():
-        cells = [arm, sum(run["seed"] is not None for run in found)]
-        for column in (votes, *([name] for name in names)):
-            whole = column and all(run["collections"].keys() >= {*column} for run in found)
-            values = [_mean(run, column, measure) for run in found] if whole else []
-            cells.append(" ± ".join(f"{of(values):.3f}" for of in (fmean, stdev)[: len(values)]))
-        rows.append(cells)
-    return _table(("arm", "seeds", f"mean of {len(votes)}", *names), rows)
 
-def curve(runs: Sequence[Run], start: str, group: str, setting: str) -> dict[str, dict]:
-    """{main arm: {value of a setting: [mean nDCG@10 over voting collections that all share, one a seed]}}."""
-    (arms, _, votes), lines = _by_arm(runs, start, group), {}
-    for arm, found in reversed(arms.items()):  # an ablation before its main arm, a point where it has none
-        if votes and setting in found[0]["settings"]:
-            line = lines.setdefault(PARENT.get(arm, arm), {})
-            line.setdefault(found[0]["settings"][setting], [_mean(run, votes) for run in found])
-    return {arm: dict(sorted(lines[arm].items())) for arm in sorted(lines, key=NAMES.index)}
+def claims_table(runs: pd.DataFrame, start: str) -> str:
+    """The five claims of both families, with verdicts."""
+    rows = []
+    for family in FAMILIES:
+        for row in claims.judge(runs, start, family):
+            arms = f"{row.better} over {row.than}"
+            rest = (shown(row.whole), f"{row.p:.4f}", f"**{row.verdict}**", shown(row.fresh))
+            rows.append((row.label, WORDS[row.label], arms, *rest))
+    return table(("", "claim", "arms", "difference", "p", "verdict", "fresh three"), rows)
 
-def summary(runs: Sequence[Run]) -> str:
-    """README's block, at most 900 bytes: what was measured, in one line, and the five claims by start."""
-    rows, seeds = [], {}
-    for same in zip(*(claims.judge(runs, start) for start in STARTS), strict=True):
-        cells = [one.verdict + (f", {_shown(one.comparison)}" if one.comparison else "") for one in same]
-        rows.append((f"{same[0].claim}: {same[0].text}", *cells))
-    for run in (run for run in runs if run["group"] == "main"):
-        place = "{start}: {trained[dtype]}, {trained[machine][device]} {trained[machine][processor]}, seeds"
-        seeds.setdefault(place.format(**run), {}).setdefault(run["arm"], []).append(run["seed"])
-    names = ", ".join(_order({name for run in runs for name in run["collections"]} - {*NO_VOTE}))
-    for place, arms in seeds.items():  # the arms of an unfinished start may have unequally many
-        seeds[place] = " or ".join(sorted({" ".join(map(str, sorted(found))) for found in arms.values()}))
-    table, about = _table(("", *STARTS), rows), f"{names}. " + "; ".join(map(" ".join, sorted(seeds.items())))
-    text = f"nDCG@10 difference, 95 % interval (“does not hold”: ends below {claims.WORTHWHILE}), on {about}."
-    return f"{one_line(text, 897 - len(table.encode()))}\n\n{table}\n"
 
-def report(runs: Sequence[Run], tuning: dict[str, dict]) -> str:
-    """The whole page, from what `claims.read_runs` and `claims.read_tuning` return."""
-    scored = {name: one for run in runs for name, one in run["collections"].items()}
-    rows = [(name, scored[name]["passages"], scored[name]["queries"]) for name in _order(scored)]
-    parts = [TITLE, RULE, HOW, _table(("collection", "passages", "queries"), rows)]
-    for start in (start for start in STARTS if any(run["start"] == start for run in runs)):
-        code = ", ".join(sorted({str(run["trained"]["commit"]) for run in runs if run["start"] == start}))
-        parts += [f"## From `{start}`", f"Trained by {code} (+: with uncommitted changes). The claims:"]
-        parts += [claims_table(runs, start), "Secondary, p not corrected, no verdict:"]
-        parts += [claims_table(runs, start, SECONDARY)]
-        for group, measure in [("main", each) for each in MEASURES] + [(one, "ndcg@10") for one in ABLATIONS]:
-            if any((run["start"], run["group"]) == (start, group) for run in runs):
-                parts += [f"{group}, {measure}, from `{start}`:", means_table(runs, start, group, measure)]
-        rows = []
-        for arm in sorted(tuning.get(start, ()), key=NAMES.index):
-            found, shown = tuning[start][arm], []
-            for key, value in found["best"].items():
-                tried = {trial[key] for trial in found["trials"]}
-                edge = len(tried) > 2 and value in (min(tried), max(tried))
-                shown.append(f"{key} {value}" + " (edge)" * edge)
-            scores = f"{found['start']:.3f}", f"{max(trial['ndcg@10'] for trial in found['trials']):.3f}"
-            rows.append((arm, len(found["trials"]), *scores, ", ".join(shown)))
-        parts += ["Tuning, on WikiQA's questions over all its sentences, and on held-out lists:"]
-        parts += [_table(("arm", "trials", "start", "best", "with"), rows)]
-    if (path := claims.RESULTS / "bench.json").exists():
-        at, rows = map(json.loads(path.read_text(encoding="utf-8")).get, ("machine", "rows"))
-        where = ", ".join(f"{key} {value}" for key, value in at.items())
-        parts += [f"## Speed\n\nBy `tests/bench/bench.py --data dl19-pool`, medians of turns; {where}:",
-                  _table(rows[0], map(dict.values, rows))]
+def ladder_table(runs: pd.DataFrame, start: str) -> str:
+    """The rungs; each changes one thing."""
+    rows = []
+    for rung in claims.ladder(runs, start):
+        arms = f"{rung.than} → {rung.better}"
+        rows.append((rung.label, arms, shown(rung.whole), f"{rung.p:.4f}", shown(rung.fresh)))
+    return table(("what changes", "from → to", "difference", "p", "fresh three"), rows)
+
+
+def ladder_rows(runs: pd.DataFrame, start: str) -> dict[str, tuple[float, float, float]]:
+    """{what a rung changes: (difference, low, high)}."""
+    return {rung.label: rung.whole[:3] for rung in claims.ladder(runs, start)}
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean ± deviation over seeds."""
+    text = f"{fmean(values):.3f}"
+    if len(values) > 1:
+        text += f" ± {stdev(values):.3f}"
+    return text
+
+
+def arm_means(runs: pd.DataFrame, start: str) -> dict[str, pd.DataFrame]:
+    """{arm: mean nDCG@10, a row a seed, a column a collection} of the references and main arms."""
+    names = [arm.name for arm in (*REFERENCES, *MAIN)]
+    found = {name: claims.means(runs, start, name) for name in names}
+    return {name: means for name, means in found.items() if len(means)}
+
+
+def means_table(runs: pd.DataFrame, start: str) -> str:
+    """Arms by collections, nDCG@10."""
+    rows = []
+    for name, means in arm_means(runs, start).items():
+        each = [spread(means[collection]) for collection in COLLECTIONS]
+        rows.append((name, len(means), spread(means.mean(axis=1)), *each))
+    return table(("arm", "runs", "mean of seven", *COLLECTIONS), rows)
+
+
+def curve(runs: pd.DataFrame, group: str) -> dict[str, dict[float, list[float]]]:
+    """{loss: {value of what a group of ablations changes: [mean nDCG@10, one a seed]}}."""
+    curves: dict[str, dict[float, list[float]]] = {}
+    for name in FOUR:
+        arms = [arm for arm in ABLATIONS[group] if arm.tuned_as == name]
+        if group != "queries":
+            arms.append(BY_NAME[name])  # where the setting is as in the main runs
+        points = {}
+        for arm in arms:
+            means = claims.means(runs, ABLATION_START, arm.name)[:ABLATION_SEEDS]
+            if len(means):
+                points[getattr(arm, AXES[group])] = means.mean(axis=1).tolist()
+        if points:
+            curves[name] = dict(sorted(points.items()))
+    return curves
+
+
+def curve_table(runs: pd.DataFrame, group: str) -> str:
+    """A group of ablations: losses by values."""
+    curves = curve(runs, group)
+    values = sorted({value for points in curves.values() for value in points})
+    rows = []
+    for name, points in curves.items():
+        cells = [spread(points[value]) if value in points else "" for value in values]
+        rows.append((name, *cells))
+    return table((group, *(f"{value:g}" for value in values)), rows)
+
+
+def tuning_table(trials: dict[str, dict[str, float]]) -> str:
+    """Development nDCG@10 of each learning rate; the best one bold."""
+    rates = sorted({rate for found in trials.values() for rate in found}, key=float)
+    rows = []
+    for arm, found in trials.items():
+        cells = {rate: f"{value:.3f}" for rate, value in found.items()}
+        best = max(found, key=found.get)
+        cells[best] = f"**{cells[best]}**"
+        rows.append((arm, *(cells.get(rate, "") for rate in rates)))
+    return table(("arm", *rates), rows)
+
+
+def measured(runs: pd.DataFrame) -> list[str]:
+    """The starts that have runs."""
+    return [start for start in STARTS if (runs["start"] == start).any()]
+
+
+def findings(runs: pd.DataFrame) -> list[str]:
+    """What came out, a sentence a start and family and one a ladder; no more than the tests say."""
+    lines = []
+    for start in STARTS:
+        if start not in measured(runs):
+            lines.append(f"From `{start}` nothing was run yet.")
+            continue
+        for family in FAMILIES:
+            rows = claims.judge(runs, start, family)
+            parts = [f"{row.label} {row.verdict} ({shown(row.whole)})" for row in rows]
+            lines.append(f"From `{start}`, {family}: {'; '.join(parts)}.")
+        parts = []
+        for rung in claims.ladder(runs, start):
+            word = "" if rung.p <= claims.LEVEL else "no difference shown, "
+            parts.append(f"{rung.label} {word}{shown(rung.whole)}")
+        lines.append(f"The ladder from `{start}`: {'; '.join(parts)}.")
+    return lines
+
+
+def summary(runs: pd.DataFrame) -> str:
+    """README's block: the five claims by start and family, and the levels."""
+    head, columns, levels = ["claim"], [], []
+    for start in measured(runs):
+        for family in FAMILIES:
+            head.append(f"`{start}`, {family}")
+            columns.append(claims.judge(runs, start, family))
+        means = {name: fmean(found.mean(axis=1)) for name, found in arm_means(runs, start).items()}
+        best = max(means.keys() - {"BM25"}, key=means.get)
+        shown_levels = [f"{name} {means[name]:.3f}" for name in ("BM25", "start", best)]
+        levels.append(f"From `{start}`: {', '.join(shown_levels)}.")
+    rows = []
+    for same in zip(*columns, strict=True):
+        cells = [f"{row.verdict}, {shown(row.whole)}" for row in same]
+        rows.append((f"{same[0].label}: {WORDS[same[0].label]}", *cells))
+    scores = "Mean nDCG@10 of BM25, the start and the best arm: " + " ".join(levels)
+    return f"{table(head, rows)}\n\n{scores}\n"
+
+
+def places(records: Sequence[dict[str, Any]]) -> str:
+    """Which code made the runs, on which machine."""
+    found = set()
+    for record in records:
+        machine, dtype = record["place"]["machine"], record["place"]["dtype"]
+        where = f"{machine['device']} {machine['processor']}, {dtype}, torch {machine['torch']}"
+        found.add(f"{record['place']['commit']} ({where})")
+    return "; ".join(sorted(found))
+
+
+def page(
+    runs: pd.DataFrame, records: Sequence[dict[str, Any]], tuning: dict[str, dict[str, Any]]
+) -> str:
+    """The whole page."""
+    parts = ["# Results", ASKED, *(f"- {line}" for line in findings(runs)), LIMITS]
+    parts += ["## How a verdict is made", RULE]
+    for start in measured(runs):
+        parts += [f"## From `{start}`", claims_table(runs, start)]
+        parts += ["The ladder (p not corrected):", ladder_table(runs, start)]
+        parts += ["Means, nDCG@10, ± deviation over seeds:", means_table(runs, start)]
+    parts += ["![The ladder](ladder.png)", f"## Ablations, from `{ABLATION_START}`, three seeds"]
+    parts += [curve_table(runs, group) for group in ABLATIONS if curve(runs, group)]
+    parts += ["![nDCG@10 against the temperature](temperature.png)", "## Tuning"]
+    for start, trials in tuning.items():
+        parts += [f"From `{start}`, nDCG@10 on development data. {TUNING}", tuning_table(trials)]
+    parts += ["## Again", AGAIN, f"Made by {places(records)}.", "Speed: [SPEED.md](SPEED.md)."]
     return "\n\n".join(parts) + "\n"
 
-def main(argv: list[str] | None = None) -> int:
-    """Command line: write both pages, or with --check end with an error if one is out of date."""
-    parser = argparse.ArgumentParser("python -m repro.experiment.report", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if a page is out of date")
-    check = parser.parse_args(argv).check
+
+def draw_ladder(runs: pd.DataFrame, path: Path) -> None:
+    """The rungs of every start as differences with intervals."""
+    rows: dict[str, dict[str, tuple[float, float, float]]] = {}
+    for start in measured(runs):
+        for label, found in ladder_rows(runs, start).items():
+            rows.setdefault(label, {})[start] = found
+    figure, (axis,) = plots.panels(1, 7.5, 3.0)
+    plots.forest(axis, rows)
+    title = "What each rung of the ladder changes (95 % interval)"
+    plots.label(axis, title, "difference in nDCG@10 (0 to 1), mean of seven collections", "")
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
+def draw_temperature(runs: pd.DataFrame, path: Path) -> None:
+    """Mean nDCG@10 against the multiple of the fitted temperature, a line a loss."""
+    figure, (axis,) = plots.panels(1, 7.5, 3.6)
+    plots.lines(axis, curve(runs, "temperature"))
+    axis.set_xscale("log", base=2)
+    title = "One common temperature decides the winner"
+    plots.label(axis, title, "multiple of the fitted temperature", "nDCG@10, mean of seven")
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
+def main() -> int:
+    """Write the page, its figures and README's block."""
 
     def work() -> None:
-        runs, readme = claims.read_runs(claims.RESULTS), README.read_text(encoding="utf-8")
-        with claims.naming(claims.RESULTS):
-            texts = {claims.RESULTS / "README.md": report(runs, claims.read_tuning(claims.RESULTS))}
-            texts[README], count = BLOCK.subn(lambda marks: marks[1] + summary(runs) + marks[2], readme)
-        if not count:
-            print(f"{README}: without <!-- results --> and <!-- /results --> it stays", file=sys.stderr)
-        for path, text in texts.items():
-            if not check:
-                with writing(path) as sink:
-                    sink.write(text)
-            elif not path.exists() or path.read_text(encoding="utf-8") != text:
-                raise ValueError(f"{path}: out of date; `python -m repro.experiment.report` writes it")
-    return ending(work)
+        folder = claims.RESULTS
+        runs = claims.read_runs(folder)
+        text = page(runs, claims.read_records(folder), claims.read_tuning(folder))
+        draw_ladder(runs, folder / "ladder.png")
+        draw_temperature(runs, folder / "temperature.png")
+        write_text(folder / "README.md", text)
+        readme = README.read_text(encoding="utf-8")
+        write_text(README, BLOCK.sub(rf"\g<1>{summary(runs)}\g<2>", readme))
+
+    return run_command(work)
+
 
 if __name__ == "__main__":
     sys.exit(main())

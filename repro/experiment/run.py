@@ -1,188 +1,254 @@
-"""Tune, train and score every arm, and keep one small record a run; nothing that is recorded is repeated.
+"""Tune, train and score every arm; what is recorded is not repeated.
 
-Start it as often as there are cores (OMP_NUM_THREADS=1 each): the processes share the work by lock files.
-Tuning looks at development queries only.
+A stopped command goes on when it is given again.  On two cores start it twice, with
+OMP_NUM_THREADS=1, `--share 1 2` and `--share 2 2`: each process takes every second arm, and a lock
+keeps the records whole.  Tuning is handed development data only.
 """
 
 import argparse
 import copy
 import subprocess
 import sys
-import time
-from contextlib import suppress
-from functools import cached_property
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
-from repro.checkpoints import ending, machine, pick_device, pick_dtype, write_json
-from repro.data import as_collection, load_beir
+from repro.data import Collection, load_beir
 from repro.encoder import BiEncoder
 from repro.evaluate import evaluate_model
-from repro.experiment.arms import ABLATED, ABLATIONS, AVERAGES, BATCH, MAIN, STARTS, Arm, Sources, draws
-from repro.experiment.claims import RESULTS, read_runs, read_tuning, write_runs
-from repro.train import TrainConfig, train_encoder
+from repro.experiment import arms
+from repro.experiment.arms import Arm, Sources
+from repro.experiment.claims import (
+    COLLECTIONS,
+    RESULTS,
+    SCORE,
+    add_run,
+    key_of,
+    read_records,
+    read_tuning,
+)
+from repro.support.files import run_command, write_json
+from repro.support.models import machine, pick_device, pick_dtype
+from repro.train import TrainConfig, start_temperature, train_encoder
 
-DIGITS, REFERENCES = 5, {"BM25": "bm25"}  # of no start
+DIGITS = 5
+GROUPS = {"references": arms.REFERENCES, "tuning": arms.MAIN, "main": arms.MAIN, **arms.ABLATIONS}
+Job = tuple[str, Arm, int | None]  # group, arm, seed
 
+
+@dataclass
 class Study:
-    """What the runs of one start share: its encoder, the lists, the collections, the records."""
-    def __init__(self, start: str, args: argparse.Namespace) -> None:
-        self.name, self.start, self.args = start, STARTS[start], args
-        self.collections = {Path(path).resolve().name: load_beir(path) for path in args.data}
-        if len(self.collections) < len(args.data):
-            raise ValueError(f"--data: two collections have the same name, {', '.join(args.data)}")
-        self.sources = Sources(args.wikiqa)
-        dtype = str(pick_dtype(args.dtype, pick_device(args.device), self.start.freeze is not None))[6:]
-        git = "git describe --always --abbrev=12 --dirty=+ --exclude='*'"  # in a shell: there may be no git
-        done = subprocess.run(git, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
-        self.place = {"commit": done.stdout.strip() or None, "machine": machine(args.device), "dtype": dtype}
-        self.records = FileLock(RESULTS / "records.lock")  # waits; the locks of runs do not
+    """What the runs of one start share."""
 
-    @cached_property
-    def encoder(self) -> BiEncoder:
-        """The start, frozen as its arms freeze it."""
-        encoder = BiEncoder.load(self.name, self.args.device, "float32")
-        encoder.max_length = self.start.max_length or encoder.max_length
-        layers = self.start.freeze
-        encoder.freeze(encoder.model.config.num_hidden_layers if layers is None else layers)
-        if encoder.frozen_whole:  # file by file, so that the kept blocks are the same whatever an arm mixes
-            for lists in self.sources.files:
-                encoder.mean_vectors([item.query for item in lists], "query", progress=True)
-                encoder.mean_vectors([p for item in lists for p in item.passages], "passage", progress=True)
-            encoder.mean_vectors([*self.development[1][0].values()], "passage", progress=True)
-        return encoder
+    start: str
+    encoder: BiEncoder
+    sources: Sources
+    place: dict[str, Any]  # commit, machine, number format
+    folder: Path
 
-    @cached_property
-    def development(self) -> list[tuple]:
-        """(corpus, queries, qrels): held-out authored lists; WikiQA train questions over all sentences."""
-        corpus, queries, qrels = load_beir(self.args.wikiqa, "train")
-        qrels = {query: qrels[query] for query in sorted(self.sources.questions)}
-        return [as_collection(self.sources.held_out), (corpus, queries, qrels)]
 
-    def trained(self, arm: Arm, settings: dict[str, Any], seed: int) -> tuple[BiEncoder, dict, float]:
-        """A copy of the start, trained: (encoder, its settings, minutes)."""
-        lists, encoder = self.sources.training_set(arm.lists, seed), copy.deepcopy(self.encoder)
-        values = {"steps": self.start.steps, "batch_size": BATCH, "freeze": self.start.freeze, **settings}
-        config = TrainConfig(loss=arm.loss, seed=seed, dtype=self.place["dtype"], **{**values, **arm.fixed})
-        config, rows, minutes = train_encoder(encoder, lists, config)
-        keys = ("loss", "steps", "batch_size", "lr", "temperature", "average", "ignore_between", *arm.space)
-        used = {"lists": arm.lists, "queries": len(lists), "last_loss": round(rows[-1]["loss"], 6)}
-        return encoder, {key: getattr(config, key) for key in keys} | used, round(minutes, 3)
+def records_lock(study: Study) -> FileLock:
+    """Held while the records are read and written again."""
+    return FileLock(study.folder / "records.lock")
 
-    @torch.no_grad()
-    def scorer(self, encoder: BiEncoder, share: float = 1.0) -> BiEncoder:
-        """A copy in the number format of scoring, its weights `share` of the way from the start's."""
-        encoder = copy.deepcopy(encoder)
-        for now, then in zip(encoder.parameters(), self.encoder.parameters(), strict=True):
-            now.copy_(torch.lerp(then, now, share))
-        if not encoder.frozen_whole:  # whose kept vectors are float32
-            encoder.model.to(pick_dtype(self.place["dtype"]))
-        return encoder
 
-    def development_ndcg(self, encoder: BiEncoder) -> float:
-        """nDCG@10 on development data: held-out authored lists and WikiQA questions, half the weight each."""
-        found = [evaluate_model(encoder, *each, measures=("ndcg@10",), top_k=10) for each in self.development]
-        return round(fmean(each["metrics"]["ndcg@10"] for each in found), DIGITS)
+def commit() -> str:
+    """The commit that the code stands at, with + behind it if files were changed since."""
+    command = ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:  # there is no git
+        return "unknown"
+    return done.stdout.strip() or "unknown"
 
-    def tuned(self, arm: Arm) -> dict[str, Any]:
-        """The arm's best settings on the development queries; trials that are recorded are not repeated."""
-        with FileLock(RESULTS / f".tune-{self.name}-{arm.name}.lock", timeout=0):
-            for settings in draws(self.name, arm):
-                trials = read_tuning(RESULTS).get(self.name, {}).get(arm.name, {}).get("trials", [])
-                if any(settings.items() <= trial.items() for trial in trials):
-                    continue
-                encoder, _, _ = self.trained(arm, settings, seed=0)
-                scores = {share: self.development_ndcg(self.scorer(encoder, share)) for share in AVERAGES}
-                print(f"{self.name}, {arm.name}: {settings}: {scores}", flush=True)
-                with self.records:
-                    table = read_tuning(RESULTS)
-                    found = table.setdefault(self.name, {}).setdefault(arm.name, {"trials": []})
-                    found["trials"] += [{**settings, "average": a, "ndcg@10": v} for a, v in scores.items()]
-                    best = max(found["trials"], key=lambda row: row["ndcg@10"])
-                    found["best"] = {key: value for key, value in best.items() if key != "ndcg@10"}
-                    known = (one["start"] for one in table[self.name].values() if "start" in one)
-                    found["start"] = next(known, None) or self.development_ndcg(self.scorer(self.encoder))
-                    write_json(RESULTS / "tuning.json", table)
-        return read_tuning(RESULTS)[self.name][arm.name]["best"]
 
-    def same(self, run: dict[str, Any], setting: str, then: Any, now: Any) -> None:
-        """ValueError if a record that gets a new collection was made in another way."""
-        if then != now:
-            where = f"the record of {run['arm']}, seed {run['seed']}, from {self.name}"
-            raise ValueError(f"{where} has {setting} {then!r}, this run {now!r}; delete its line to repeat")
+def keep_vectors(encoder: BiEncoder, sources: Sources) -> None:
+    """Compute a frozen transformer's vectors in an order that no arm's draws change.
 
-    def record(self, group: str, arm: Arm | str, seed: int | None) -> None:
-        """Make one run, or add the collections that its record lacks.  Timeout: another process is at it."""
-        name = arm if isinstance(arm, str) else arm.name
-        key = {"start": None if name in REFERENCES else self.name, "arm": name, "seed": seed}
-        with FileLock(RESULTS / f".run-{key['start']}-{name}-{seed}.lock", timeout=0):
-            run = next((r for r in read_runs(RESULTS) if key.items() <= r.items()), key | {"collections": {}})
-            if not (missing := self.collections.keys() - run["collections"].keys()):
-                return
-            settings, minutes, then = {}, 0.0, run.get("settings", {})
-            self.same(run, "dtype", run.get("trained", self.place)["dtype"], self.place["dtype"])
-            if isinstance(arm, str):
-                model = REFERENCES.get(name) or self.scorer(self.encoder)
-            else:
-                best, same = self.tuned(arm.parent or arm), {"steps": self.start.steps, "batch_size": BATCH}
-                if arm.parent and arm.lists == arm.parent.lists and (
-                        arm.fixed.items() <= {**same, **best, **arm.parent.fixed}.items()):
-                    return  # its main arm over again in all settings: stored once, under that name
-                for setting, value in {**best, **arm.fixed}.items():
-                    self.same(run, setting, then.get(setting, value), value)
-                encoder, settings, minutes = self.trained(arm, best, seed)
-                model = self.scorer(encoder)
-            run = {"group": group, "settings": settings, "minutes": minutes, "trained": self.place,
-                   "per_query": {}, **run}
-            for each in sorted(missing):
-                corpus, queries, qrels = self.collections[each]
-                found = evaluate_model(model, corpus, queries, qrels)
-                metrics = {measure: round(value, DIGITS) for measure, value in found["metrics"].items()}
-                counts = {"passages": len(corpus), "queries": len(qrels)}
-                run["collections"][each] = {"metrics": metrics, **counts, **self.place}
-                run["per_query"][each] = {query: row["ndcg@10"] for query, row in found["per_query"].items()}
-                print(f"{self.name}, {name}, seed {seed}: {each} {metrics}", flush=True)
-            with self.records:
-                write_runs(RESULTS, [*(r for r in read_runs(RESULTS) if not key.items() <= r.items()), run])
+    They are kept in blocks of texts: the next process then finds the same blocks.
+    """
+    for corpus, _, _ in reversed(sources.development):
+        encoder.mean_vectors(list(corpus.values()), "passage", progress=True)
+    for lists in (sources.authored, sources.same_questions):
+        encoder.mean_vectors([item.query for item in lists], "query", progress=True)
+        passages = [text for item in lists for text in item.passages]
+        encoder.mean_vectors(passages, "passage", progress=True)
 
-def jobs(args: argparse.Namespace, start: str) -> list[tuple[str, Any, int | None]]:
-    """(group, arm, seed) of all runs of a start; the arms inside, so that they have equally many seeds."""
-    wanted = [("references", name, None) for name in ("start", *REFERENCES) if "references" in args.group]
-    for group in args.group:
-        arms = MAIN if group == "main" else ABLATIONS[group] if group in ABLATED.get(start, ()) else ()
-        seeds = range(STARTS[start].seeds if group == "main" else 3)
-        wanted += [(group, arm, n) for n in seeds for arm in arms if not args.arm or arm.name in args.arm]
-    return wanted
+
+def open_study(start: str, wikiqa: Path, device: str, dtype: str, folder: Path = RESULTS) -> Study:
+    """Load a start and the lists that its arms train on."""
+    encoder = BiEncoder.load(start, device, "float32")
+    number_format = "float32"  # of the vectors that are kept where only a linear map trains
+    if not encoder.frozen:
+        number_format = str(pick_dtype(dtype, pick_device(device), encoding=True))
+    place = {"commit": commit(), "machine": machine(encoder.device)}
+    place["dtype"] = number_format.removeprefix("torch.")
+    sources = arms.load_sources(wikiqa, arms.STARTS[start].seeds)
+    if encoder.frozen:
+        keep_vectors(encoder, sources)
+    return Study(start, encoder, sources, place, folder)
+
+
+def trained(study: Study, arm: Arm, lr: float, seed: int) -> tuple[BiEncoder, dict[str, Any]]:
+    """A copy of the start, trained, and the settings that it was trained with."""
+    encoder = copy.deepcopy(study.encoder)
+    lists = arms.arm_lists(arm, study.sources, seed)
+    config = TrainConfig(
+        loss=arm.loss,
+        ties=arm.ties,
+        label_temperature=arm.label_temperature,
+        seed=seed,
+        lr=lr,
+        batch_size=arms.BATCH,
+        epochs=1,
+        steps=arms.STARTS[study.start].steps,
+        dtype=study.place["dtype"],
+    )
+    if arm.multiple != 1:
+        config.temperature = arm.multiple * start_temperature(encoder, lists, config)
+    used, rows, minutes = train_encoder(encoder, lists, config)
+    settings = asdict(arm) | {"queries": len(lists), "lr": lr, "steps": used.steps}
+    settings["temperature"] = round(used.temperature, 6)
+    settings["last_loss"] = round(rows[-1]["loss"], 6)
+    settings["minutes"] = round(minutes, 3)
+    return encoder, settings
+
+
+def development_ndcg(encoder: BiEncoder, development: Sequence[Collection]) -> float:
+    """nDCG@10 on development data, the collections with equal weight."""
+    found = []
+    for collection in development:
+        record = evaluate_model(encoder, *collection, measures=("ndcg@10",), top_k=10)
+        found.append(record["metrics"]["ndcg@10"])
+    return round(fmean(found), DIGITS)
+
+
+def trial(study: Study, arm: Arm, rate: float) -> None:
+    """Train with one learning rate and record what development data say of it."""
+    encoder, _ = trained(study, arm, rate, seed=0)
+    value = development_ndcg(encoder, study.sources.development)
+    with records_lock(study):
+        table = read_tuning(study.folder)
+        table.setdefault(study.start, {}).setdefault(arm.name, {})[str(rate)] = value
+        write_json(study.folder / "tuning.json", table)
+    print(f"{study.start}, {arm.name}, rate {rate}: {value}", flush=True)
+
+
+def tune(study: Study, arm: Arm) -> float:
+    """The learning rate that development data prefer; one at an edge is tried beyond, in twos."""
+    rates = list(arms.STARTS[study.start].rates)
+    if len(rates) == 1:
+        return rates[0]
+    while True:
+        known = read_tuning(study.folder).get(study.start, {}).get(arm.name, {})
+        missing = [rate for rate in rates if str(rate) not in known]
+        if missing:
+            trial(study, arm, missing[0])
+            continue
+        best = max(rates, key=lambda rate: known[str(rate)])
+        if min(rates) < best < max(rates):
+            return best
+        rates.append(best / 2 if best == min(rates) else best * 2)
+
+
+def made(study: Study, arm: Arm, seed: int | None) -> tuple[Any, dict[str, Any]]:
+    """What an arm is scored with, and its settings: BM25, the start, or a trained copy of it."""
+    if arm.name == "BM25":
+        return "bm25", {}
+    if arm.name == "start":
+        encoder, settings = copy.deepcopy(study.encoder), {}
+    else:
+        lr = tune(study, arms.BY_NAME[arm.tuned_as or arm.name])
+        encoder, settings = trained(study, arm, lr, seed)
+    if not encoder.frozen:
+        encoder.model.to(pick_dtype(study.place["dtype"]))
+    return encoder, settings
+
+
+def do(study: Study, job: Job, collections: dict[str, Collection]) -> None:
+    """Do one job, unless its record is there."""
+    group, arm, seed = job
+    if group == "tuning":
+        tune(study, arm)
+        return
+    record = {"start": study.start, "group": group, "arm": arm.name, "seed": seed}
+    if arm.name == "BM25":
+        record["start"] = None  # it belongs to no start
+    if any(key_of(one) == key_of(record) for one in read_records(study.folder)):
+        return
+    model, settings = made(study, arm, seed)
+    record |= {"settings": settings, "place": study.place, "collections": {}}
+    values = {}
+    for name, (corpus, queries, qrels) in collections.items():
+        found = evaluate_model(model, corpus, queries, qrels)
+        metrics = {measure: round(value, DIGITS) for measure, value in found["metrics"].items()}
+        counts = {"passages": len(corpus), "queries": len(qrels)}
+        record["collections"][name] = {"metrics": metrics, **counts}
+        values[name] = {query: row[SCORE] for query, row in found["per_query"].items()}
+    with records_lock(study):
+        add_run(study.folder, record, values)
+    print(*key_of(record), record["collections"], flush=True)
+
+
+def jobs(start: str, groups: Sequence[str], names: Sequence[str] | None = None) -> list[Job]:
+    """All jobs of a start, the seeds outside, so that a stopped study has whole rounds of arms."""
+    found = []
+    for group in groups:
+        seeds = range(arms.ABLATION_SEEDS)
+        if group in ("references", "tuning"):
+            seeds = [None]
+        elif group == "main":
+            seeds = range(arms.STARTS[start].seeds)
+        elif start != arms.ABLATION_START:
+            seeds = []
+        for seed in seeds:
+            found += [(group, arm, seed) for arm in GROUPS[group]]
+    if names:
+        return [job for job in found if job[1].name in names]
+    return found
+
+
+def load_collections(folder: str | Path) -> dict[str, Collection]:
+    """The seven test collections out of one folder.  ValueError naming one that is missing."""
+    for name in COLLECTIONS:
+        if not Path(folder, name).is_dir():
+            raise ValueError(f"{folder}: expected a BEIR folder {name!r} in it, found none")
+    return {name: load_beir(Path(folder, name)) for name in COLLECTIONS}
+
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line: run what has no complete record."""
-    parser = argparse.ArgumentParser("python -m repro.experiment.run", description=__doc__.split("\n\n")[0])
-    groups, add = ("references", "main", *ABLATIONS), parser.add_argument
-    known = [arm.name for arms in (MAIN, *ABLATIONS.values()) for arm in arms]
-    add("--wikiqa", required=True, help="WikiQA in BEIR layout, with qrels/train.tsv")
-    add("--data", nargs="+", default=["sample"], help="test collections: BEIR folders, hub ids, or sample")
-    add("--start", nargs="+", choices=STARTS, default=list(STARTS))
-    add("--group", nargs="+", choices=groups, default=groups)
-    add("--arm", nargs="+", choices=known, metavar="ARM", help="only these arms")
+    """Command line: do what has no record."""
+    parser = argparse.ArgumentParser("python -m repro.experiment.run", description=__doc__)
+    names = [arm.name for group in GROUPS.values() for arm in group]
+    add = parser.add_argument
+    add("--data", required=True, help="folder that holds the seven BEIR folders")
+    add("--start", nargs="+", choices=arms.STARTS, default=list(arms.STARTS))
+    add("--group", nargs="+", choices=GROUPS, default=list(GROUPS))
+    add("--arm", nargs="+", choices=names, metavar="ARM", help="only these arms")
+    add("--share", nargs=2, type=int, default=(1, 1), metavar=("I", "N"), help="every N-th arm")
     add("--device", default="cpu")
-    add("--dtype", default="auto", help="of the arms that train whole (default: bfloat16 where it is native)")
+    add("--dtype", default="auto", help="of arms that train whole")
     args = parser.parse_args(argv)
-    if not any(jobs(args, start) for start in args.start):
-        parser.error(f"--group and --arm leave no run of {' or '.join(args.start)}")
+
     def work() -> None:
+        first, count = args.share
+        if not 1 <= first <= count:
+            raise ValueError(f"--share: expected I from 1 to N, got {first} {count}")
+        collections = load_collections(args.data)
         for start in args.start:
-            study, left = Study(start, args), jobs(args, start)
-            while left:
-                for job in left[:]:
-                    with suppress(Timeout):  # another process is at it: look again later
-                        study.record(*job)
-                        left.remove(job)
-                time.sleep(20 if left else 0)
-    return ending(work)
+            todo = jobs(start, args.group, args.arm)
+            mine = list(dict.fromkeys(arm.name for _, arm, _ in todo))[first - 1 :: count]
+            study = open_study(start, Path(args.data, "wikiqa"), args.device, args.dtype)
+            for job in todo:
+                if job[1].name in mine:
+                    do(study, job, collections)
+
+    return run_command(work)
+
 
 if __name__ == "__main__":
     sys.exit(main())

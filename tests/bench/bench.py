@@ -1,235 +1,247 @@
-"""How fast the kit is: ratios, each against a peer that takes turns with it in the same run.
+"""How fast the kit is: each task against a peer that takes turns with it in the same run.
 
-    python tests/bench/bench.py [--only losses training growth ...] [--data FOLDER] [--quick]
+    python tests/bench/bench.py [--quick]
 
-Both sides get the same texts, lengths, batch, number format, threads (OMP_NUM_THREADS), a turn to warm up;
-a ratio is the median of 5.  Where faiss is installed, search meets it.  bench.json keeps one machine's rows.
+Both sides get the same texts, lengths, batch, number format and threads, and one turn to warm up.
+A rate is the median of three turns, a ratio the median of their ratios.  The rows are written to
+bench.json and SPEED.md in repro/experiment/results; with --quick, in tiny sizes, only printed.
 """
 
-import argparse
-import json
-import math
+import itertools
 import os
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest import mock
 
 import datasets
-import numpy as np
-import pytrec_eval
 import sentence_transformers as st
 import torch
 import transformers
+from scipy.stats import wasserstein_distance
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from repro import checkpoints, data, encoder, evaluate, generate, losses, metrics, prompts, train
-from repro.experiment import report
+from repro import data, generate, losses, prompts, search, train
+from repro.encoder import BiEncoder
+from repro.support.files import write_json, write_text
+from repro.support.models import load_pretrained, machine, model_folder, pick_dtype
 
-OUT = Path(losses.__file__).parent / "experiment" / "results" / "bench.json"
-COLUMNS = ("what", "format", "peer", "unit", "ours", "peer's", "ratio", "goal", "note")
-MODEL, HEAT = "all-minilm-l6-v2", {"temperature": 0.05, "label_temperature": 0.3}
-NATIVE = checkpoints.pick_dtype("auto", torch.device("cpu"), encoding=True) == torch.bfloat16
+RESULTS = Path(data.__file__).parent / "experiment" / "results"
 QUICK = "--quick" in sys.argv
-TURNS = 2 if QUICK else 5
-Row, Work = dict[str, Any], Callable[[], Any]
+TURNS = 1 if QUICK else 3
+FORMATS = {"float32": torch.float32}
+if pick_dtype("auto", torch.device("cpu"), encoding=True) == torch.bfloat16:
+    FORMATS["bfloat16"] = torch.bfloat16
+MINILM = "all-minilm-l6-v2"
+TEMPERATURE = 0.25
+GOALS = {"float32": 1.6, "bfloat16": 1.8}  # of training
+INTRO = """\
+The kit and each peer took turns in one run, with the same texts, number format and threads. A ratio
+above 1 means that the kit is faster. `python tests/bench/bench.py` writes this page."""
+Row = dict[str, Any]
+Work = Callable[[], object]
 
-def row(what: str, peer: str, unit: str, units: float, ours: Work, theirs: Work, goal: float | str = "", *,
-        form: str = "float32", share: float = 1, note: str = "") -> Row:  # fmt: skip
-    """Time both in turns.  A call of ours does so many units, one of the peer's a `share` of them."""
-    rates = []
-    for _ in range(TURNS + 1):
-        times = [time.perf_counter()]
-        for work in (ours, theirs):
-            work()
-            times.append(time.perf_counter())
-        rates.append((units / (times[1] - times[0]), share * units / (times[2] - times[1])))
-    a, b = (float(f"{median(side):.4g}") for side in zip(*rates[1:], strict=True))
-    ratio = round(median(a / b for a, b in rates[1:]), 2)
-    return dict(zip(COLUMNS, (what, form, peer, unit, a, b, ratio, goal, note), strict=True))
 
-def released(scores: Tensor, labels: Tensor) -> Tensor:
-    """The released eigenvalue form, from its formula: (N, N) covariances, eigenvalues of a (B, B) product."""
-    p, t = (torch.softmax(x, 1).double() for x in (scores, labels))
-    a, c, n = p - p.mean(0), t - t.mean(0), max(len(p) - 1, 1)
-    cross = (torch.linalg.eigvals((a @ c.T / n) @ (c @ a.T / n)) + 1e-15).sqrt().abs().sum()
-    return ((p.mean(0) - t.mean(0)) ** 2).sum() + torch.trace(a.T @ a / n + c.T @ c / n) - 2 * cross
+def seconds(work: Work) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
 
-def bench_losses(collection: str) -> Iterator[Row]:
-    labels, count = losses.expand_labels(torch.tensor([[3.0, 2, 1, 0]]).repeat(64, 1)), 5 if QUICK else 50
-    scores = torch.randn(labels.shape, requires_grad=True)
 
-    def calls(loss: Callable[..., Tensor]) -> list[Any]:
-        return [torch.autograd.grad(loss(scores, labels), scores) for _ in range(count)]
+def versus(what: str, peer: str, unit: str, units: float, sides: tuple[Work, Work]) -> Row:
+    """One row: the kit and its peer in turns, the first to warm up; a call does so many `units`."""
+    turns = [[seconds(work) for work in sides] for _ in range(TURNS + 1)][1:]
+    return {
+        "what": what,
+        "format": "float32",
+        "peer": peer,
+        "unit": unit,
+        "ours": round(units / median(ours for ours, _ in turns), 1),
+        "peer's": round(units / median(theirs for _, theirs in turns), 1),
+        "ratio": round(median(theirs / ours for ours, theirs in turns), 2),
+        "goal": "",
+    }
 
-    for name, goal in (("wasserstein_gaussian", 3), ("wasserstein_1d", 8), ("kl", "")):
-        works = partial(calls, losses.LOSSES[name]), partial(calls, released)
-        yield row(f"{name}, B 64, N 256", "released eigenvalue form", "calls/s", count, *works, goal)
 
-def bench_training(collection: str) -> Iterator[Row]:
+def released_gaussian(scores: Tensor, labels: Tensor) -> Tensor:
+    """The released way, from its formula: (N, N) covariances, eigenvalues of a (B, B) product."""
+    p = scores.softmax(1).double()
+    t = labels.softmax(1).double()
+    a = p - p.mean(0)
+    c = t - t.mean(0)
+    n = max(len(p) - 1, 1)
+    cross = torch.linalg.eigvals((a @ c.T / n) @ (c @ a.T / n)) + 1e-15
+    traces = torch.trace(a.T @ a / n + c.T @ c / n)
+    return (p.mean(0) - t.mean(0)).square().sum() + traces - 2 * cross.sqrt().abs().sum()
+
+
+def scipy_1d(scores: Tensor, labels: Tensor) -> None:
+    """1-D W of every row on the plain line of grades; scipy has no gradient."""
+    p = scores.detach().softmax(1)
+    t = labels.softmax(1)
+    for places, ours, target in zip(labels, p, t, strict=True):
+        wasserstein_distance(places, places, ours, target)
+
+
+def bench_losses() -> Iterator[Row]:
+    calls = 2 if QUICK else 50
+    for lists in (16, 64):
+        labels = losses.expand_labels(torch.tensor([[3.0, 2.0, 1.0, 0.0]]).repeat(lists, 1))
+        scores = torch.randn(labels.shape, requires_grad=True)
+
+        def run(loss: Callable, scores: Tensor = scores, labels: Tensor = labels) -> None:
+            for _ in range(calls):
+                value = loss(scores, labels)
+                if value is not None:
+                    value.backward()
+
+        sides = partial(run, losses.wasserstein_gaussian), partial(run, released_gaussian)
+        what = f"Gaussian W2 and its gradient, {lists} lists"
+        yield versus(what, "released eigenvalue form", "calls/s", calls, sides)
+        sides = partial(run, losses.wasserstein_1d), partial(run, scipy_1d)
+        what = f"1-D W and its gradient, {lists} lists"
+        yield versus(what, "scipy, without gradient", "calls/s", calls, sides)
+
+
+class InBatchKL(torch.nn.Module):
+    """The kit's KL as a loss of sentence-transformers: every query against all passages."""
+
+    def __init__(self, model: st.SentenceTransformer) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, features: list[dict[str, Tensor]], labels: Tensor) -> Tensor:
+        queries, *parts = [self.model(part)["sentence_embedding"] for part in features]
+        passages = torch.stack(parts, 1).flatten(0, 1)  # (B * k, d), query-major
+        return losses.kl(queries @ passages.T, losses.expand_labels(labels), TEMPERATURE)
+
+
+def peer_training(rows: list[Row], form: str, dropout: Row) -> Work:
+    """One epoch of sentence-transformers' trainer on MiniLM."""
+    folder = str(model_folder(MINILM))
+    model = st.SentenceTransformer(folder, device="cpu", config_kwargs=dropout)
+    options = st.SentenceTransformerTrainingArguments(
+        tempfile.gettempdir(),  # where it saves nothing
+        per_device_train_batch_size=16,
+        num_train_epochs=1,
+        learning_rate=1e-5,
+        bf16=form == "bfloat16",
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+    )
+    table = datasets.Dataset.from_list(rows)
+    loss = InBatchKL(model)
+    trainer = st.SentenceTransformerTrainer(model, options, table, loss=loss)
+    trainer.remove_callback(transformers.PrinterCallback)
+    return trainer.train
+
+
+def bench_training() -> Iterator[Row]:
     lists = data.load_lists([data.AUTHORED])[: 16 if QUICK else 32]
-    texts = [{"query": a.query, **dict(zip("3210", a.passages, strict=True))} for a in lists]
-    rows = datasets.Dataset.from_list([x | {"label": a.grades} for x, a in zip(texts, lists, strict=True)])
-    ours = encoder.BiEncoder.load(MODEL, "cpu", "float32")
-    model = st.SentenceTransformer(checkpoints.resolve(MODEL)[0], device="cpu")
-    tokens = sum(map(len, ours.tokenise([text for x in texts for text in x.values()])))
+    encoder = BiEncoder.load(MINILM, "cpu", "float32")
+    rows = []
+    for item in lists:
+        passages = dict(zip("3210", item.passages, strict=True))
+        rows.append({"query": item.query, **passages, "label": item.grades})
+    off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    what = f"training {MINILM}, 16 lists a batch"
+    for form in FORMATS:
+        config = train.TrainConfig(loss="kl", temperature=TEMPERATURE, dtype=form, device="cpu")
+        ours = partial(train.train_encoder, encoder, lists, config)
+        for name, dropout in (("as it comes", {}), ("without dropout", off)):
+            theirs = peer_training(rows, form, dropout)
+            peer = f"sentence-transformers' trainer {name}"
+            row = versus(what, peer, "lists/s", len(lists), (ours, theirs))
+            yield row | {"format": form, "goal": GOALS[form]}
 
-    class InBatch(torch.nn.Module):
-        def forward(self, features: list[dict[str, Tensor]], labels: Tensor) -> Tensor:
-            queries, *passages = (model(part)["sentence_embedding"] for part in features)
-            scores = queries @ torch.stack(passages, 1).flatten(0, 1).T  # (B, B*k)
-            return losses.kl(scores, losses.expand_labels(labels), **HEAT)
 
-    # A token costs 6 FLOP a weight; attention's own products, 3 % at these lengths, are not counted.
-    flop = 6 * sum(p.numel() for key, p in ours.model.named_parameters() if "embeddings" not in key)
-    common = {"per_device_train_batch_size": 16, "num_train_epochs": 1, "warmup_steps": 0.05, "use_cpu": True}
-    common |= {"learning_rate": 1e-5, "weight_decay": 0.01, "optim": "adamw_torch", "report_to": "none"}
-    common |= {"save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
-    what = f"training {MODEL}, 16 lists a batch"
-    for form, goal in (("float32", 1.5), ("bfloat16", 2))[: 1 + NATIVE]:
-        config = train.TrainConfig(loss="kl", lr=1e-5, dtype=form, device="cpu", **HEAT)
+def bench_encoding() -> Iterator[Row]:
+    corpus, _, _ = data.load_beir("sample")
+    texts = list(corpus.values())[: 8 if QUICK else None]
+    turns = itertools.count()
+
+    def encode(model: Any) -> Any:  # new texts every time: vectors of frozen layers are kept
+        turn = next(turns)
+        return model.encode([f"{turn} {text}" for text in texts], batch_size=32)
+
+    for name, form in itertools.product((MINILM, "base"), FORMATS):
+        ours = BiEncoder.load(name, "cpu", form)
         with tempfile.TemporaryDirectory() as folder:
-            options = st.SentenceTransformerTrainingArguments(folder, bf16=form == "bfloat16", **common)
-            peer = st.SentenceTransformerTrainer(model, options, rows, loss=InBatch())
-            peer.remove_callback(transformers.PrinterCallback)
-            works = partial(train.train_encoder, ours, lists, config), peer.train
-            made = row(what, type(peer).__name__, "tokens/s", tokens, *works, goal, form=form)
-        product = partial(torch.matmul, *torch.randn(2, 2048, 2048).to(getattr(torch, form)))
-        most = row("one product", "itself", "FLOP/s", 2 * 2048**3, product, product)["ours"]
-        yield made | {"note": f"{flop * made['ours'] / most:.0%} of the FLOP/s of one large product"}
-    # The FLOP of a step are counted on a BERT-base, as Contriever is.  It keeps some 34 bytes a token, layer
-    # and unit of width (Korthikanti et al. 2022, arXiv 2205.05198), and 16 bytes a weight.
-    bert = transformers.BertModel(transformers.BertConfig(attn_implementation="eager"))
-    bert = encoder.BiEncoder(bert, ours.tokenizer)
-    for name, k in (("real binary", 3), ("synthetic binary", 3), ("graded", 4), ("synthetic + real", 7)):
-        texts = [text for x in lists[:4] for text in (x.query, *(x.passages * 2)[:k])]
-        with FlopCounterMode(display=False) as counter:
-            bert.embed(texts, "passage").sum().backward()
-        flop, kept = counter.get_total_flops() / 4, 34 * 12 * 768 * sum(map(len, bert.tokenise(texts))) / 4
-        for gpus in (1, 4):
-            hours = round(flop * 100_000 / (gpus * 0.4 * 312e12) / 3600, 3)
-            note = f"estimated, not run; {(64 / gpus * kept + 16 * 110e6) / 1e9:.0f} GB a GPU"
-            peer, what = f"{gpus} x A100 at 40 % of 312 TFLOP/s", f"released {name}, for each 100,000 lists"
-            yield dict(zip(COLUMNS, (what, "bfloat16", peer, "hours", hours, *[""] * 3, note), strict=True))
+            BiEncoder.load(name, "cpu").save(f"{folder}/model")
+            options = {"dtype": FORMATS[form]}
+            peer = st.SentenceTransformer(f"{folder}/model", device="cpu", model_kwargs=options)
+            with mock.patch.dict(os.environ, SYCL_CACHE=folder):
+                sides = partial(encode, ours), partial(encode, peer)
+                what = f"encoding {len(texts)} passages, {name}"
+                row = versus(what, "sentence-transformers", "passages/s", len(texts), sides)
+        yield row | {"format": form}
 
-def bench_growth(collection: str) -> Iterator[Row]:
-    """How cost grows, against the same work in small: with exponent 1 twice as much takes twice as long."""
-    ours, lists = encoder.BiEncoder.load(MODEL, "cpu"), data.load_lists([data.AUTHORED])[:64]
-    half, size = lists[: 8 if QUICK else 16], {"device": "cpu", "lr": 1e-5}
-    long = [replace(x, passages=[f"{text} {text}" for text in x.passages]) for x in half]
-    wide = [replace(x, passages=x.passages * 2, grades=x.grades * 2) for x in half]
 
-    def fit(some: list, batch_size: int = 4) -> Work:
-        config = train.TrainConfig(loss="wasserstein_gaussian", batch_size=batch_size, **size, **HEAT)
-        return partial(train.train_encoder, ours, some, config)
+def bench_generation() -> Iterator[Row]:
+    count, new = (4, 4) if QUICK else (32, 24)
+    lists = data.load_lists([data.AUTHORED])[:count]
+    drawn = {"neighbour": "", "unrelated": ""}
+    chats = [prompts.messages("by-level", (3,), item.query, drawn) for item in lists]
+    jobs = [(chat, str(n)) for n, chat in enumerate(chats)]
+    writer = generate.LocalGenerator("smollm2-135m", "cpu", "float32")
+    writer.model.generation_config.min_new_tokens = new  # no reply ends early, on either side
+    tokenizer = writer.tokenizer
+    tokenizer.padding_side = "left"
+    tokenizer.pad_token = tokenizer.eos_token
+    folder = model_folder("smollm2-135m")
+    model = load_pretrained(folder, transformers.AutoModelForCausalLM, dtype=torch.float32)
+    pipeline = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer)
+    options = {"temperature": 0.7, "top_p": 0.9, "top_k": 50, "do_sample": True}
+    options |= {"max_new_tokens": new, "min_new_tokens": new, "batch_size": count}
+    ours = partial(writer.reply, jobs, generate.Sampling(max_new_tokens=new))
+    theirs = partial(pipeline, chats, **options)
+    what = f"generation, {count} prompts, {new} tokens each, one batch"
+    yield versus(what, "transformers' pipeline", "tokens/s", count * new, (ours, theirs))
 
-    for what, some, batch, goal in (
-            ("2 x the lists", lists[: 2 * len(half)], 4, 1), ("4 x the batch", half, 16, 1),
-            ("2 x the passages a list", wide, 4, 0.55), ("2 x as long passages", long, 4, 0.5)):
-        share, works = len(half) / len(some), (fit(some, batch), fit(half))
-        made = row(f"training, {what}", "as before", "lists/s", len(some), *works, goal, share=share)
-        grown = [-math.log(ratio * share) / math.log(int(what[0])) for ratio in (made["ratio"], goal)]
-        yield made | {"note": "exponent {:z.2f}, expected {:z.2f}".format(*grown)}
-    asked, matrix = (torch.randn(n, 384) for n in (43, 40_000 if QUICK else 400_000))
-    works = (partial(evaluate.search, asked, part, 100) for part in (matrix, matrix[::2].contiguous()))
-    made = row("search, 2 x the passages", "as before", "queries/s", 43, *works, 0.5)
-    yield made | {"note": f"exponent {-math.log2(made['ratio']):.2f}, expected 1.00"}
 
-def bench_encoding(collection: str) -> Iterator[Row]:
-    corpus, queries, qrels = data.load_beir(collection)
-    judged = dict(sorted(qrels.items())[:2])  # of dl19-pool: 460 passages
-    passages = {pid: corpus[pid] for grades in judged.values() for pid in grades}
-    texts, what = list(passages.values()), f"encoding {len(passages)} passages of {Path(collection).name}"
-    full, half = (encoder.BiEncoder.load(MODEL, "cpu", form) for form in ("float32", "bfloat16"))
-    peer = st.SentenceTransformer(checkpoints.resolve(MODEL)[0], device="cpu")
-    ours, theirs, brief = (partial(model.encode, texts, batch_size=32) for model in (full, peer, half))
-    note = f"largest difference {np.abs(full.encode(texts[:64]).numpy() - peer.encode(texts[:64])).max():.0e}"
-    size = ("passages/s", len(texts))
-    yield row(what, "SentenceTransformer.encode", *size, ours, theirs, 1.4, note=note)
-    if NATIVE:
-        scored = [evaluate.evaluate_model(model, passages, queries, judged) for model in (half, full)]
-        note = f"nDCG@10 {scored[0]['metrics']['ndcg@10'] - scored[1]['metrics']['ndcg@10']:+.4f}"
-        yield row(what, "ours in float32", *size, brief, ours, 3, form="bfloat16", note=note)
+def bench_search() -> Iterator[Row]:
+    rows = 2_000 if QUICK else 200_000
+    queries = torch.randn(43, 384)
+    passages = torch.randn(rows, 384)
+    sides = (
+        lambda: search.search(queries, passages, 100),
+        lambda: (queries @ passages.T).topk(100),
+    )
+    what = f"search, {rows:,} x 384, 100 found"
+    yield versus(what, "torch: one product, topk", "queries/s", 43, sides)
 
-def bench_generation(collection: str) -> Iterator[Row]:
-    (new, count), empty = (4, 6) if QUICK else (32, 48), {"neighbour": "", "unrelated": ""}
-    asked = [item.query for item in data.load_lists([data.AUTHORED])[:count]]
-    chats = [prompts.messages("by-level", (3,), query, empty) for query in asked]
-    jobs, sampling = [(chat, str(n)) for n, chat in enumerate(chats)], generate.Sampling(max_new_tokens=new)
-    mine, auto = generate.LocalGenerator("smollm2-135m", "cpu", "float32"), transformers.AutoModelForCausalLM
-    mine.model.generation_config.min_new_tokens = new  # no reply ends early, on either side
-    mine.tokenizer.padding_side, mine.tokenizer.pad_token = "left", mine.tokenizer.eos_token
-    model = checkpoints.load_pretrained("smollm2-135m", auto, dtype=torch.float32).eval()
-    options = {"temperature": 0.7, "top_p": 0.9, "top_k": 50, "max_new_tokens": new, "min_new_tokens": new}
-    pipe = transformers.pipeline("text-generation", model=model, tokenizer=mine.tokenizer)
-    pipe = partial(pipe, **options, do_sample=True, return_full_text=False)
-    parts = iter([chats[n :: TURNS + 1] for n in range(TURNS + 1)])  # one by one: another part each turn
-    what, ours = f"generation, {count} prompts, {new} new tokens", partial(mine.reply, jobs, sampling)
-    one, size = lambda: pipe(next(parts)), ("tokens/s", count * new)
-    yield row(what, "pipeline, one by one", *size, ours, one, 5, share=1 / (TURNS + 1))
-    yield row(what, f"pipeline, batch {count}", *size, ours, partial(pipe, chats, batch_size=count), 1)
 
-def bench_search(collection: str) -> Iterator[Row]:
-    rng, folder = np.random.default_rng(0), tempfile.TemporaryDirectory()
-    asked = torch.from_numpy(rng.standard_normal((43, 384), np.float32))
+def page(record: Row) -> str:
+    """SPEED.md: the machine, and a table with a line a row."""
+    facts = [f"{name} {value}" for name, value in record["machine"].items()]
+    columns = list(record["rows"][0])
+    lines = ["# Speed", "", INTRO, "", f"Machine: {', '.join(facts)}.", ""]
+    rows = [row.values() for row in record["rows"]]
+    for cells in (columns, ["---"] * len(columns), *rows):
+        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
 
-    def run(find: Work, score: Callable[[metrics.Run], Any]) -> None:
-        rows = zip(map(str, range(43)), *(found.tolist() for found in find()), strict=True)
-        score({q: dict(zip(map(str, found), values, strict=True)) for q, values, found in rows})
-
-    for n, k in ((22_917, 1000), (20_000 if QUICK else 1_000_000, 100)):
-        matrix = np.memmap(Path(folder.name) / str(n), np.float32, "w+", shape=(n, 384))
-        for block in np.array_split(matrix, 50):
-            block[:] = rng.standard_normal(block.shape, np.float32)
-        judged = {str(q): {str(p): int(p) % 4 for p in rng.integers(0, n, 200)} for q in range(43)}
-        trec = pytrec_eval.RelevanceEvaluator(judged, {"ndcg_cut.10", "recip_rank", "recall.100"})
-        try:
-            import faiss
-
-            (index := faiss.IndexFlatIP(384)).add(matrix)
-            peer, find = "faiss IndexFlatIP, pytrec_eval", partial(index.search, asked.numpy(), k)
-        except ImportError:
-            peer, whole = "torch product and topk, pytrec_eval", torch.from_numpy(matrix).T
-            find = lambda whole=whole, k=k: (asked @ whole).topk(k)  # noqa: E731
-        ours = partial(run, partial(evaluate.search, asked, matrix, k), partial(metrics.evaluate, judged))
-        theirs, what = partial(run, find, trec.evaluate), f"search and metrics, {n:,} x 384, {k} found"
-        yield row(what, peer, "queries/s", 43, ours, theirs, 1)
-
-def bench_commands(collection: str) -> Iterator[Row]:
-    """Minutes that a user waits, one turn: the first run, README's two commands.  The goal is a most."""
-    first = "from repro.encoder import BiEncoder as B; B.load('base'), B.load('all-minilm-l6-v2')"
-    notebook = "-m jupyter nbconvert --to notebook --execute reproduce.ipynb --output-dir".split()
-    with tempfile.TemporaryDirectory() as new:
-        for what, goal, more, command in (("first run, empty cache", 5, {"SYCL_CACHE": new}, ["-c", first]),
-                ("notebook", 10, {}, [*notebook, new]), ("tests", 4, {}, ["-m", "pytest", "-q", "tests"])):
-            options, start = {"cwd": sys.path[0], "env": os.environ | more}, time.perf_counter()
-            subprocess.run([sys.executable, *command], check=True, capture_output=True, **options)
-            made = (what, "", "--only commands", "minutes", round((time.perf_counter() - start) / 60, 1))
-            yield dict(zip(COLUMNS, (*made, "", "", goal, ""), strict=True))
 
 def main() -> None:
-    parts = {key[6:]: part for key, part in globals().items() if key.startswith("bench_")}
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--only", nargs="+", choices=parts, default=[*parts][:-1])  # all but commands
-    parser.add_argument("--data", default="sample", help="collection whose judged passages are encoded")
-    parser.add_argument("--quick", action="store_true", help="small sizes, 2 turns, nothing is written")
-    a, here = parser.parse_args(), checkpoints.machine("cpu")
-    old = json.loads(OUT.read_text(encoding="utf-8")) if OUT.exists() else {}
-    rows = {tuple(r.values())[:3]: r for r in old.get("rows", []) if old["machine"] == here}
-    for new in (new for part in a.only for new in parts[part](a.data)):
-        print(*new.values(), sep="  ", flush=True)
-        rows[tuple(new.values())[:3]] = new
-        if not QUICK:
-            checkpoints.write_json(OUT, {"machine": here, "rows": list(rows.values())})
-            report.main([])  # the results page
+    rows = []
+    for bench in (bench_losses, bench_search, bench_generation, bench_encoding, bench_training):
+        for row in bench():
+            print(*row.values(), sep=" | ", flush=True)
+            rows.append(row)
+    if not QUICK:
+        record = {"machine": machine("cpu"), "rows": rows}
+        write_json(RESULTS / "bench.json", record)
+        write_text(RESULTS / "SPEED.md", page(record))
+
 
 if __name__ == "__main__":
     main()

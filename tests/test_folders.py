@@ -1,0 +1,261 @@
+"""Folders of sentence-transformers: ours read by it, its own read by us, the rest refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SIZES, save_model
+from sentence_transformers import CrossEncoder, SentenceTransformer, SparseEncoder
+from sentence_transformers.sentence_transformer.modules import (
+    Dense,
+    Normalize,
+    Pooling,
+    Transformer,
+)
+from transformers import BertConfig, BertForMaskedLM, BertForTokenClassification, T5Config, T5Model
+
+from repro.encoder import BiEncoder
+from repro.support.folders import READERS, read_prompts
+
+TEXTS = ["how long does bread dough rise", "the moon", "why is the sky blue in the city", "tea"]
+SETTINGS = "config_sentence_transformers.json"
+TRANSFORMER = "sentence_bert_config.json"
+POOLING = "1_Pooling/config.json"
+DENSE = "2_Dense/config.json"
+NORMALIZE = "3_Normalize/config.json"
+
+
+def assert_close(ours: torch.Tensor, theirs: object) -> None:
+    torch.testing.assert_close(ours, torch.as_tensor(theirs), atol=1e-5, rtol=0)
+
+
+@pytest.fixture(params=["cls", "every option"])
+def ours(request, tiny_bert: Path) -> BiEncoder:
+    encoder = BiEncoder.load(tiny_bert, "cpu")
+    encoder.prompts = {"query": "why ", "passage": "the "}
+    encoder.max_length = 5
+    if request.param == "cls":
+        encoder.pooling = "cls"
+        return encoder
+    encoder.token_weights = torch.rand(len(encoder.tokenizer))
+    encoder.centre = torch.randn(16)
+    encoder.projection = torch.nn.Parameter(torch.randn(7, 16))
+    encoder.normalise = True
+    return encoder
+
+
+def test_a_saved_folder_gives_the_same_vectors_there(ours, tmp_path) -> None:
+    theirs = SentenceTransformer(str(ours.save(tmp_path / "saved")), device="cpu")
+    assert_close(ours.encode(TEXTS, "query"), theirs.encode_query(TEXTS))
+    assert_close(ours.encode(TEXTS), theirs.encode_document(TEXTS))
+    assert_close(ours.encode(TEXTS), theirs.encode(TEXTS))
+
+
+def test_a_saved_folder_is_loaded_as_it_was(ours, tmp_path) -> None:
+    again = BiEncoder.load(ours.save(tmp_path / "saved"), "cpu")
+    assert torch.equal(again.encode(TEXTS, "query"), ours.encode(TEXTS, "query"))
+    assert (again.max_length, again.prompts) == (ours.max_length, ours.prompts)
+
+
+def saved(folder: Path, modules: list, **options) -> SentenceTransformer:
+    model = SentenceTransformer(modules=modules, device="cpu", **options)
+    model.save(str(folder))
+    return model
+
+
+def linear(**options) -> Dense:
+    return Dense(16, 16, bias=False, activation_function=torch.nn.Identity(), **options)
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "dot", None])
+@pytest.mark.parametrize("normalised", [True, False])
+@pytest.mark.parametrize("mode", ["mean", "cls"])
+def test_their_folders_give_the_same_vectors_here(
+    similarity, normalised, mode, tiny_bert, tmp_path
+) -> None:
+    modules = [Transformer(str(tiny_bert), max_seq_length=6), Pooling(16, mode), linear()]
+    if normalised:
+        modules.append(Normalize())
+    theirs = saved(tmp_path / "theirs", modules, prompts={"query": "why ", "document": "the "})
+    edit(tmp_path / "theirs", SETTINGS, "similarity_fn_name", similarity)
+    encoder = BiEncoder.load(tmp_path / "theirs", "cpu")
+    options = {"normalize_embeddings": similarity == "cosine"}
+    assert_close(encoder.encode(TEXTS, "query"), theirs.encode_query(TEXTS, **options))
+    assert_close(encoder.encode(TEXTS), theirs.encode_document(TEXTS, **options))
+
+
+def test_weights_of_words_may_be_lower_cased_or_the_default() -> None:
+    config = {"vocab": ["Moon", "the", "tea"], "unknown_word_weight": 2.0}
+    config["word_weights"] = {"moon": 3.0, "the": 0.5}
+    found = READERS["WordWeights"](Path(), config)
+    assert found["token_weights"].tolist() == [3.0, 0.5, 2.0]
+
+
+@pytest.fixture(scope="session")
+def theirs(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that can be read: Transformer, Pooling, Dense, Normalize."""
+    folder = tmp_path_factory.mktemp("theirs") / "folder"
+    saved(folder, [Transformer(str(tiny_bert)), Pooling(16), linear(), Normalize()])
+    return folder
+
+
+@pytest.fixture
+def folder(theirs: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(theirs, tmp_path / "folder"))
+
+
+def edit(folder: Path, file: str, field: str, value: object, row: int | None = None) -> None:
+    """Change a field of a JSON file, or of one row of modules.json."""
+    content = json.loads((folder / file).read_text())
+    place = content if row is None else content[row]
+    place[field] = value
+    (folder / file).write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("file", "field", "value"),
+    [
+        (SETTINGS, "truncate_dim", 8),
+        (SETTINGS, "similarity_fn_name", "euclidean"),
+        (SETTINGS, "similarity_fn_name", "manhattan"),
+        (SETTINGS, "a_later_field", 1),
+        (TRANSFORMER, "do_lower_case", True),
+        (TRANSFORMER, "transformer_task", "fill-mask"),
+        (TRANSFORMER, "tokenizer_args", {"truncation_side": "left"}),
+        (TRANSFORMER, "processing_kwargs", {"text": {"add_special_tokens": False}}),
+        (TRANSFORMER, "query_length", 4),
+        (POOLING, "pooling_mode", "max"),
+        (POOLING, "pooling_mode", ["mean", "cls"]),
+        (POOLING, "pooling_mode_weightedmean_tokens", True),
+        (POOLING, "include_prompt", False),
+        (DENSE, "use_residual", True),
+        (DENSE, "activation_function", "torch.nn.modules.activation.Tanh"),
+        (DENSE, "activation_function", "mine.Identity"),
+        (DENSE, "module_input_name", "token_embeddings"),
+        (NORMALIZE, "module_input_name", "token_embeddings"),
+    ],
+)
+def test_fields_that_change_vectors_or_scores_are_refused(folder, file, field, value) -> None:
+    edit(folder, file, field, value)
+    with pytest.raises(ValueError, match=f"{file}: this kit does not have {field}"):
+        BiEncoder.load(folder)
+
+
+def test_the_yes_and_no_of_older_poolings_are_read(folder: Path) -> None:
+    config = {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}
+    (folder / POOLING).write_text(json.dumps(config))
+    assert BiEncoder.load(folder, "cpu").pooling == "cls"
+
+
+def test_a_transformer_may_lie_in_a_folder_of_its_own(folder: Path) -> None:
+    expected = BiEncoder.load(folder, "cpu").encode(TEXTS)
+    (folder / "0_Transformer").mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        (folder / name).rename(folder / "0_Transformer" / name)
+    edit(folder, "modules.json", "path", "0_Transformer", row=0)
+    assert torch.equal(BiEncoder.load(folder, "cpu").encode(TEXTS), expected)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "sentence_transformers.models.Pooling",
+        "sentence_transformers.models.Pooling.Pooling",
+        "sentence_transformers.sentence_transformer.modules.pooling.Pooling",
+    ],
+)
+def test_old_and_new_places_of_modules_are_read(folder: Path, place: str) -> None:
+    edit(folder, "modules.json", "type", place, row=1)
+    assert BiEncoder.load(folder, "cpu").pooling == "mean"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("type", "another.models.Pooling", "its module another.models.Pooling is not in this kit"),
+        ("type", "sentence_transformers.models.LSTM", "its module .*LSTM is not in this kit"),
+        ("type", "sentence_transformers.sparse_encoder.models.Pooling", "is not in this kit"),
+        ("path", "../other", "the path ../other leads out"),
+        ("path", "/etc", "the path /etc leads out"),
+    ],
+)
+def test_modules_from_elsewhere_are_refused(folder, field, value, message) -> None:
+    edit(folder, "modules.json", field, value, row=1)
+    with pytest.raises(ValueError, match=message):
+        BiEncoder.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("modules", "message"),
+    [
+        ([], r"its modules are Transformer \(max_length\); expected"),
+        ([Pooling(16), Normalize(), linear()], r"Normalize \(\w+\), Dense \(\w+\); expected"),
+        ([Pooling(16), linear(), linear()], r"Dense \(\w+\), Dense \(\w+\); expected"),
+        ([Pooling(16), Dense(16, 16, activation_function=None)], "expected a Dense that"),
+    ],
+)
+def test_other_chains_of_modules_are_refused(modules, message, tiny_bert, tmp_path) -> None:
+    saved(tmp_path / "other", [Transformer(str(tiny_bert)), *modules])
+    with pytest.raises(ValueError, match=message):
+        BiEncoder.load(tmp_path / "other")
+
+
+def test_pickled_weights_are_not_read(folder: Path) -> None:
+    (folder / "2_Dense/model.safetensors").rename(folder / "2_Dense/pytorch_model.bin")
+    with pytest.raises(ValueError, match="No such file or directory: .*model.safetensors"):
+        BiEncoder.load(folder)
+
+
+def test_damaged_files_are_named(folder: Path) -> None:
+    (folder / POOLING).write_text("{")
+    with pytest.raises(ValueError, match=f"{POOLING}: expected JSON"):
+        BiEncoder.load(folder)
+
+
+@pytest.mark.parametrize("kind", [CrossEncoder, SparseEncoder])
+def test_their_other_kinds_of_model_are_named(kind: type, tiny_bert: Path, tmp_path: Path) -> None:
+    kind(str(tiny_bert), device="cpu").save(str(tmp_path / "other"))
+    with pytest.raises(ValueError, match=f"this kit does not have .*model_type {kind.__name__}"):
+        BiEncoder.load(tmp_path / "other")
+
+
+BERT = BertConfig(**SIZES, num_hidden_layers=1, num_attention_heads=2)
+T5 = T5Config(vocab_size=SIZES["vocab_size"], d_model=16, d_ff=8, num_layers=1, num_heads=2)
+
+
+@pytest.mark.parametrize("model", [BertForTokenClassification(BERT), T5Model(T5)])
+def test_plain_checkpoints_of_another_kind_are_named(model: torch.nn.Module, tmp_path) -> None:
+    folder = save_model(tmp_path / "other", model)
+    with pytest.raises(ValueError, match=f"is a {type(model).__name__}, expected a text encoder"):
+        BiEncoder.load(folder)
+
+
+def test_a_pretrained_checkpoint_is_mean_pooled_without_normalising(tmp_path: Path) -> None:
+    encoder = BiEncoder.load(save_model(tmp_path / "plain", BertForMaskedLM(BERT)), "cpu")
+    assert (encoder.pooling, encoder.normalise, encoder.max_length) == ("mean", False, 256)
+
+
+def test_contriever_is_a_plain_encoder(tiny_bert: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_bert, tmp_path / "contriever"))
+    edit(folder, "config.json", "architectures", ["Contriever"])
+    assert BiEncoder.load(folder, "cpu").pooling == "mean"
+
+
+@pytest.mark.parametrize(
+    ("named", "default", "query", "passage"),
+    [
+        ({}, None, "", ""),
+        ({"query": "q ", "document": "d ", "passage": "p "}, None, "q ", "d "),
+        ({"query": "q ", "passage": "p "}, None, "q ", "p "),
+        ({"query": "q ", "document": "", "passage": "p "}, None, "q ", ""),
+        ({"corpus": "c "}, None, "", "c "),
+        ({"any": "a ", "query": ""}, "any", "", "a "),
+    ],
+)
+def test_prompts_are_those_of_encode_query_and_encode_document(
+    named, default, query, passage
+) -> None:
+    found = read_prompts({"prompts": named, "default_prompt_name": default})
+    assert found == {"query": query, "passage": passage}
