@@ -264,7 +264,17 @@ class BiEncoder(nn.Module):
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         limit = getattr(model.config, "max_position_embeddings", None) or 256
         longest = tokenizer.model_max_length if options else 256  # newer folders keep their limit there
-        return cls(model, tokenizer, **{"max_length": min(longest, limit), **options}).to(target).eval()
+        made = cls(model, tokenizer, **{"max_length": min(longest, limit), **options}).to(target).eval()
+        if made.projection is not None and os.fspath(path_or_name) == "base":
+            made.freeze(model.config.num_hidden_layers)
+        return made
+
+    @property
+    def frozen(self) -> bool:
+        return self.frozen_whole
+
+    def trainable(self) -> list[nn.Parameter]:
+        return [p for p in self.parameters() if p.requires_grad]
 
 def read_modules(name: str | Path) -> tuple[dict[str, Any], str]:
     """(options of `BiEncoder`, subfolder of the transformer) that a sentence-transformers folder asks for.
@@ -328,3 +338,9 @@ def _dense(file: Path | None, config: dict[str, Any], where: str) -> tuple[str, 
     if is_linear and weight.shape[0] == weight.shape[1] and torch.equal(weight, torch.eye(len(weight))):
         return "centre", -bias
     raise ValueError(f"{where}: expected a Dense layer that subtracts a centre or is a linear map, no bias")
+
+
+def set_dropout(model: nn.Module, p: float) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = p

@@ -1,115 +1,147 @@
-"""What is compared: the starts, the arms, the lists they train on, the ablations.  Names and numbers only.
+"""What is compared: the starts, the arms, the ladder, the ablations, the lists that arms train on.
 
-All arms of a start begin at the same encoder, see batches of the same size, take the same number of steps,
-and get the same number of tuning trials, drawn with a seed from their own space.
+All arms of a start begin at the same encoder, see batches of the same size, and are trained at the
+temperature that `fit_temperature` finds on their own lists before training.
 """
 
-import itertools
 import random
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-from repro.data import AUTHORED, GradedList, combine, load_lists, real_lists, recipe, split_lists
+from repro.data import (
+    AUTHORED,
+    Collection,
+    GradedList,
+    as_collection,
+    load_beir,
+    load_lists,
+    split_lists,
+)
+from repro.recipes import combine, real_lists, recipe
 
-BATCH, SPLIT_SEED, HELD_OUT, QUESTIONS = 16, 0, 0.1, 150  # held out: of authored lists, and of WikiQA
+BATCH = 16  # lists in one loss
+SPLIT_SEED, HELD_OUT, QUESTIONS = 0, 0.1, 150  # development: a share of authored lists; WikiQA's
+RELEASED_RATE = 1e-5
+
 
 @dataclass(frozen=True)
 class Start:
-    """Where arms begin (an encoder's name is the key in STARTS), and what all of them share there."""
-    steps: int
-    trials: int  # trainings an arm, each scored at every share of AVERAGES
-    seeds: int
-    lrs: tuple[float, ...]
-    temperatures: tuple[float, ...]
-    freeze: int | None  # None: all layers, under a linear map; 0: the embeddings
-    max_length: int | None = None  # tokens a text, in training and scoring
+    """Where arms begin, and what all of them share there."""
 
-STARTS = {  # 350 steps of a linear map are five passes over the lists (seconds), 70 of a whole encoder one
-    "base": Start(350, 16, 5, (1e-4, 2e-4, 4e-4, 8e-4), (0.03, 0.05, 0.1, 0.2), freeze=None),
-    "all-minilm-l6-v2": Start(70, 4, 3, (5e-6, 1e-5, 2e-5), (0.03, 0.05, 0.1), freeze=0, max_length=128)}
-AVERAGES = (0.3, 0.6, 1.0)  # shares of the way from the start's weights to the trained ones, for every arm
-GRADED = {"label_temperature": (0.2, 0.3, 0.5, 1.0), "target": ("all", "own")}
-LINE = {**GRADED, "order": (1, 2), "axis": ("grade", "gain")}
+    rates: tuple[float, ...]  # learning rates that development data choose from
+    seeds: int
+    steps: int | None  # None: one epoch
+
+
+STARTS = {
+    "base": Start(rates=(1e-4, 2e-4, 4e-4, 8e-4), seeds=5, steps=350),
+    "all-minilm-l6-v2": Start(rates=(RELEASED_RATE,), seeds=3, steps=None),
+}
+
 
 @dataclass(frozen=True)
 class Arm:
-    """One way of training: which lists (`training_set`), which loss, what is tuned, what is fixed."""
+    """One way of training: the lists, the loss, and what an ablation changes."""
+
     name: str
-    lists: str
     loss: str
-    space: Mapping[str, tuple] = field(default_factory=dict)
-    fixed: Mapping[str, Any] = field(default_factory=dict)
-    parent: "Arm | None" = None  # an ablation: it has the tuned settings of this arm
+    lists: str = "graded"  # graded, binary, real, same questions, synthetic + real
+    ties: str = "spread"
+    label_temperature: float = 1.0
+    multiple: float = 1.0  # of the fitted temperature
+    queries: int | None = None  # None: all
+    tuned_as: str = ""  # the main arm whose learning rate an ablation takes
 
-MAIN = (  # in the order in which a start that takes hours is worked through
-    Arm("InfoNCE", "binary", "infonce"),  # the released synthetic binary recipe
-    Arm("1-D W", "graded", "wasserstein_1d", LINE),
-    Arm("1-D W, 2 grades", "merged", "wasserstein_1d", LINE),
-    Arm("InfoNCE, real", "real", "infonce"),  # the released real binary recipe, on WikiQA
-    Arm("1-D W, same questions", "same questions", "wasserstein_1d", LINE),
-    Arm("1-D W, synthetic + real", "synthetic + real", "wasserstein_1d", LINE),  # the released mixed recipe
-    Arm("Gaussian W2", "graded", "wasserstein_gaussian", GRADED),  # the released multi-level recipe
-    Arm("KL", "graded", "kl", GRADED),
-    Arm("InfoNCE, all lower", "graded", "infonce"),
-    Arm("InfoNCE, middle left out", "graded", "infonce", fixed={"ignore_between": True}))
 
-def variant(name: str, suffix: str, lists: str | None = None, **fixed: Any) -> Arm:
-    """An ablation of a main arm: its tuned settings, with other lists or some of them changed."""
-    arm = next(arm for arm in MAIN if arm.name == name)
-    return Arm(f"{name}, {suffix}", lists or arm.lists, arm.loss, arm.space, {**arm.fixed, **fixed}, arm)
+MAIN = (
+    Arm("InfoNCE", "infonce", "binary"),  # released synthetic binary
+    Arm("KL, binary", "kl", "binary"),
+    Arm("KL", "kl"),
+    Arm("Gaussian W2", "wasserstein_gaussian"),  # released synthetic multi-level
+    Arm("1-D W", "wasserstein_1d"),
+    Arm("Gaussian W2, binary", "wasserstein_gaussian", "binary"),
+    Arm("1-D W, binary", "wasserstein_1d", "binary"),
+    Arm("1-D W, ties merged", "wasserstein_1d", ties="merged"),
+    Arm("InfoNCE, real", "infonce", "real"),  # released real binary
+    Arm("Gaussian W2, same questions", "wasserstein_gaussian", "same questions"),
+    Arm("1-D W, same questions", "wasserstein_1d", "same questions"),
+    Arm("Gaussian W2, synthetic + real", "wasserstein_gaussian", "synthetic + real"),  # released
+    Arm("1-D W, synthetic + real", "wasserstein_1d", "synthetic + real"),
+)
+BY_NAME = {arm.name: arm for arm in MAIN}
+# Each rung changes one thing: (arm below, arm above, what changes).
+LADDER = (
+    ("InfoNCE", "KL, binary", "soft target"),
+    ("KL, binary", "KL", "levels"),
+    ("KL", "Gaussian W2", "loss: Gaussian W2"),
+    ("KL", "1-D W", "loss: 1-D W"),
+)
+FOUR = ("InfoNCE", "KL", "Gaussian W2", "1-D W")
+MULTIPLES, LABEL_TEMPERATURES, COUNTS = (0.25, 0.5, 2.0, 4.0), (0.3, 0.5, 2.0), (100, 300, 1000)
+ABLATION_SEEDS, ABLATION_START = 3, "base"
 
-CORE, THREE = ("InfoNCE", "Gaussian W2", "1-D W"), ("KL", "Gaussian W2", "1-D W")
-ABLATIONS: dict[str, list[Arm]] = {
-    "label temperature": [variant(name, f"label temperature {u:g}", label_temperature=u)
-                          for name in THREE for u in (0.1, 0.2, 0.3, 0.5, 1.0)],
-    "order and axis": [variant("1-D W", f"order {p}, {x} axis", order=p, axis=x)
-                       for x in ("grade", "gain") for p in (1, 2)],
-    "target": [variant(name, f"target {t}", target=t) for name in THREE for t in ("all", "own")],
-    "batch, equal updates": [variant(n, f"batch {b}", batch_size=b) for n in CORE for b in (4, 16, 64)],
-    "batch, equal lists": [variant(n, f"batch {b}, equal lists", batch_size=b, steps=350 * 16 // b)
-                           for n in CORE for b in (4, 16, 64)],
-    "queries": [variant(n, f"{q} queries", f"{q} queries" + ", binary" * (n == "InfoNCE"))
-                for n in CORE for q in (100, 300, 1000)],
-    "generator": [variant(n, f"by {g}", g) for n in CORE[1:] for g in ("authored", "smollm2")],
-    "best and worst": [variant("1-D W", "best and worst passage", "ends")]}
-ABLATED = {"base": (*ABLATIONS,), "all-minilm-l6-v2": ("order and axis",)}  # there a run takes ten minutes
 
-def draws(start: str, arm: Arm) -> list[dict[str, Any]]:
-    """What tuning tries for an arm, the same in every call: a seeded Latin hypercube, nothing in it twice."""
-    rng, count = random.Random(f"{start}/{arm.name}"), STARTS[start].trials
-    space = {"lr": STARTS[start].lrs, "temperature": STARTS[start].temperatures, **arm.space}
-    columns = []
-    for values in space.values():
-        order = rng.sample(values, len(values))
-        columns.append(rng.sample([order[n % len(order)] for n in range(count)], count))
-    grid, rows = list(itertools.product(*space.values())), []
-    spare = iter(rng.sample(grid, len(grid)))
-    for row in zip(*columns, strict=True):
-        rows.append(row if row not in rows else next(other for other in spare if other not in rows))
-    return [dict(zip(space, row, strict=True)) for row in rows]
+def changed(name: str, label: str, **fields: object) -> Arm:
+    """An ablation of a main arm: some fields changed, its learning rate kept."""
+    return replace(BY_NAME[name], name=f"{name}, {label}", tuned_as=name, **fields)
 
+
+ABLATIONS = {
+    "temperature": [
+        changed(name, f"{multiple:g} x temperature", multiple=multiple)
+        for multiple in MULTIPLES
+        for name in FOUR
+    ],
+    "label temperature": [
+        changed(name, f"label temperature {value:g}", label_temperature=value)
+        for value in LABEL_TEMPERATURES
+        for name in FOUR[1:]
+    ],
+    "queries": [
+        changed(name, f"{count} queries", queries=count) for count in COUNTS for name in FOUR
+    ],
+}
+
+
+@dataclass(frozen=True)
 class Sources:
-    """The lists that arms train on, and the queries that tuning is judged on; `wikiqa` has a train split."""
+    """The lists that arms train on, and the development data.  No test judgment is in here."""
 
-    def __init__(self, wikiqa: str) -> None:
-        self.wikiqa, names = wikiqa, ("authored", "wikiqa-graded", "smollm2-135m")
-        self.files = [load_lists([AUTHORED.with_name(f"{name}.jsonl")], wikiqa) for name in names]
-        (every, graded, _), small = self.files, {item.query.lower(): item for item in self.files[2]}
-        self.authored, self.held_out = split_lists(every, HELD_OUT, SPLIT_SEED)
-        both = [item for item in self.authored if item.query.lower() in small]  # for the same queries
-        self.named = {"same questions": graded, "authored": both}
-        self.named["smollm2"] = [small[item.query.lower()] for item in both]
-        free = sorted({item.id for item in real_lists(wikiqa)} - {item.id for item in graded})
-        self.questions = set(random.Random(SPLIT_SEED).sample(free, min(QUESTIONS, len(free) // 2)))
+    authored: list[GradedList]
+    same_questions: list[GradedList]
+    real: dict[int, list[GradedList]]  # by seed: one annotated positive and two others are drawn
+    development: list[Collection]
 
-    def training_set(self, name: str, seed: int) -> list[GradedList]:
-        """The lists of a name that an `Arm` gives; what a recipe draws, it draws with the run's seed."""
-        if name in self.named:
-            return self.named[name]
-        if name not in ("real", "synthetic + real"):
-            count, part, kind = name.partition(" queries")
-            some = random.Random(seed).sample(self.authored, int(count)) if part else self.authored
-            return recipe(some, kind.strip(", ") or "graded" if part else name, seed)
-        real = [item for item in real_lists(self.wikiqa, seed=seed) if item.id not in self.questions]  # k = 3
-        return real if name == "real" else combine(self.named["same questions"], real)
+
+def load_sources(wikiqa: str | Path, seeds: int) -> Sources:
+    """Read the kit's lists and WikiQA's train split; development questions are kept out of training.
+
+    Development data: held-out authored lists, and WikiQA train questions over all its sentences.
+    """
+    authored, held_out = split_lists(load_lists([AUTHORED]), HELD_OUT, SPLIT_SEED)
+    same_questions = load_lists([AUTHORED.with_name("wikiqa-graded.jsonl")], wikiqa)
+    by_seed = {seed: real_lists(wikiqa, seed=seed) for seed in range(seeds)}
+    used = {item.id for item in same_questions}
+    free = sorted(item.id for item in by_seed[0] if item.id not in used)
+    kept_out = set(random.Random(SPLIT_SEED).sample(free, min(QUESTIONS, len(free) // 2)))
+    corpus, queries, qrels = load_beir(wikiqa, "train")
+    questions = {query: qrels[query] for query in sorted(kept_out)}
+    real = {}
+    for seed, lists in by_seed.items():
+        real[seed] = [item for item in lists if item.id not in kept_out]
+    development = [as_collection(held_out), (corpus, queries, questions)]
+    return Sources(authored, same_questions, real, development)
+
+
+def arm_lists(arm: Arm, sources: Sources, seed: int) -> list[GradedList]:
+    """The lists of an arm in one run; what a recipe draws, it draws with the run's seed."""
+    if arm.lists == "real":
+        return sources.real[seed]
+    if arm.lists == "same questions":
+        return sources.same_questions
+    if arm.lists == "synthetic + real":
+        return combine(sources.same_questions, sources.real[seed])
+    lists = sources.authored
+    if arm.queries is not None:
+        lists = random.Random(seed).sample(lists, arm.queries)
+    return recipe(lists, arm.lists, seed)
