@@ -68,6 +68,7 @@ MAIN = (
     Arm("Gaussian W2, synthetic + real", "wasserstein_gaussian", "synthetic + real"),  # released
     Arm("1-D W, synthetic + real", "wasserstein_1d", "synthetic + real"),
 )
+REFERENCES = (Arm("start", ""), Arm("BM25", ""))  # nothing is trained
 BY_NAME = {arm.name: arm for arm in MAIN}
 # Each rung changes one thing: (arm below, arm above, what changes).
 LADDER = (
@@ -114,9 +115,10 @@ class Sources:
 
 
 def load_sources(wikiqa: str | Path, seeds: int) -> Sources:
-    """Read the kit's lists and WikiQA's train split; development questions are kept out of training.
+    """Read the kit's lists and WikiQA's train split.
 
-    Development data: held-out authored lists, and WikiQA train questions over all its sentences.
+    Development data: held-out authored lists, and WikiQA train questions, which no arm trains on,
+    over all its sentences.
     """
     authored, held_out = split_lists(load_lists([AUTHORED]), HELD_OUT, SPLIT_SEED)
     same_questions = load_lists([AUTHORED.with_name("wikiqa-graded.jsonl")], wikiqa)
