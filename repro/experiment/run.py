@@ -127,23 +127,32 @@ def development_ndcg(encoder: BiEncoder, development: Sequence[Collection]) -> f
     return round(fmean(found), DIGITS)
 
 
+def trial(study: Study, arm: Arm, rate: float) -> None:
+    """Train with one learning rate and record what development data say of it."""
+    encoder, _ = trained(study, arm, rate, seed=0)
+    value = development_ndcg(encoder, study.sources.development)
+    with records_lock(study):
+        table = read_tuning(study.folder)
+        table.setdefault(study.start, {}).setdefault(arm.name, {})[str(rate)] = value
+        write_json(study.folder / "tuning.json", table)
+    print(f"{study.start}, {arm.name}, rate {rate}: {value}", flush=True)
+
+
 def tune(study: Study, arm: Arm) -> float:
-    """The learning rate that development data prefer."""
-    rates = arms.STARTS[study.start].rates
+    """The learning rate that development data prefer; one at an edge is tried beyond, in twos."""
+    rates = list(arms.STARTS[study.start].rates)
     if len(rates) == 1:
         return rates[0]
-    for rate in rates:
-        if str(rate) in read_tuning(study.folder).get(study.start, {}).get(arm.name, {}):
+    while True:
+        known = read_tuning(study.folder).get(study.start, {}).get(arm.name, {})
+        missing = [rate for rate in rates if str(rate) not in known]
+        if missing:
+            trial(study, arm, missing[0])
             continue
-        encoder, _ = trained(study, arm, rate, seed=0)
-        value = development_ndcg(encoder, study.sources.development)
-        with records_lock(study):
-            table = read_tuning(study.folder)
-            table.setdefault(study.start, {}).setdefault(arm.name, {})[str(rate)] = value
-            write_json(study.folder / "tuning.json", table)
-        print(f"{study.start}, {arm.name}, rate {rate}: {value}", flush=True)
-    trials = read_tuning(study.folder)[study.start][arm.name]
-    return max(rates, key=lambda rate: trials[str(rate)])
+        best = max(rates, key=lambda rate: known[str(rate)])
+        if min(rates) < best < max(rates):
+            return best
+        rates.append(best / 2 if best == min(rates) else best * 2)
 
 
 def made(study: Study, arm: Arm, seed: int | None) -> tuple[Any, dict[str, Any]]:
