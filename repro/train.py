@@ -304,8 +304,9 @@ def train_encoder(
     shown = progress and rank == 0
     config = filled(config, encoder, len(lists), ranks)
     began = time.monotonic()
-    set_dropout(encoder.model, config.dropout)
-    if encoder.frozen:  # all vectors at once, which a step then looks up
+    if not encoder.frozen:
+        set_dropout(encoder.model, config.dropout)
+    else:  # all vectors at once, which a step then looks up
         encoder.mean_vectors([item.query for item in lists], "query", progress=shown)
         passages = [text for item in lists for text in item.passages]
         encoder.mean_vectors(passages, "passage", progress=shown)

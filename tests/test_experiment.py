@@ -247,3 +247,21 @@ def test_the_page_is_what_the_records_give() -> None:
 def test_readme_shows_the_verdicts_of_the_records() -> None:
     text = report.README.read_text(encoding="utf-8")
     assert report.summary(claims.read_runs(claims.RESULTS)) in text
+
+
+@pytest.mark.parametrize("family, held", [("Gaussian W2", []), ("1-D W", ["C2", "C5"])])
+def test_readme_names_the_claims_that_hold(family: str, held: list[str]) -> None:
+    rows = claims.judge(claims.read_runs(claims.RESULTS), "base", family)
+    assert [row.label for row in rows if row.verdict == "holds"] == held
+
+
+def test_readme_names_the_rungs_that_carry_the_gain() -> None:
+    rungs = claims.ladder(claims.read_runs(claims.RESULTS), "base")
+    carry = [rung.label for rung in rungs if rung.p <= claims.LEVEL and rung.whole.difference > 0]
+    assert carry == ["levels"]
+
+
+def test_readme_says_that_bm25_is_above_every_arm() -> None:
+    means = report.arm_means(claims.read_runs(claims.RESULTS), "base")
+    levels = {name: found.mean(axis=None) for name, found in means.items()}
+    assert max(levels, key=levels.get) == "BM25"

@@ -83,8 +83,9 @@ def test_an_epoch_visits_every_list_once_in_an_order_of_its_own(tiny_llama):
     assert seen[:16] != seen[16:]
 
 
-def test_the_same_seed_gives_the_same_losses_and_another_seed_others(tiny_bert):
-    losses = [trained(tiny_bert, seed=seed, dropout=0.1)[1] for seed in (1, 1, 2)]
+@pytest.mark.parametrize("dropout", [0, 0.1])
+def test_the_same_seed_gives_the_same_losses_and_another_seed_others(dropout, tiny_bert):
+    losses = [trained(tiny_bert, seed=seed, dropout=dropout)[1] for seed in (1, 1, 2)]
     assert losses[0] == losses[1]
     assert losses[0] != losses[2]
 
@@ -137,7 +138,7 @@ def test_a_linear_map_trains_longer_at_a_higher_rate(tiny_llama):
 
 
 def test_with_few_lists_a_batch_is_smaller_and_this_is_said(tiny_llama, capsys):
-    config = filled(TrainConfig(), BiEncoder.load(tiny_llama, "cpu"), lists=6)
+    config = filled(TrainConfig(), BiEncoder.load(tiny_llama, "cpu"), 6)
     assert (config.batch_size, config.steps, config.lr) == (6, 1, 1e-5)
     assert capsys.readouterr().err == "only 6 lists: a batch is 6 of them\n"
 
@@ -149,7 +150,7 @@ def test_settings_that_leave_no_step_are_refused(ranks, accumulate, tiny_llama):
         filled(TrainConfig(accumulate=accumulate), encoder, 16, ranks)
 
 
-def test_a_temperature_that_is_not_given_is_fitted_and_told(arguments, tiny_bert, capsys):
+def test_a_temperature_that_is_not_given_is_fitted_and_told(arguments, capsys):
     assert main(arguments) == 0
     found = read_record()["settings"]["temperature"]
     assert f"temperature {found:.4g}, fitted" in capsys.readouterr().err

@@ -233,7 +233,12 @@ def page(
     parts += ["![nDCG@10 against the temperature](temperature.png)", "## Tuning"]
     for start, trials in tuning.items():
         parts += [f"From `{start}`, nDCG@10 on development data. {TUNING}", tuning_table(trials)]
-    parts += ["## Again", AGAIN, f"Made by {places(records)}.", "Speed: [SPEED.md](SPEED.md)."]
+    parts += [
+        "## Again",
+        AGAIN,
+        f"Made by {places(records)}; +: some file, such as a record, had changed since.",
+        "Speed: [SPEED.md](SPEED.md).",
+    ]
     return "\n\n".join(parts) + "\n"
 
 
