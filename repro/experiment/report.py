@@ -130,7 +130,7 @@ def curve(runs: pd.DataFrame, group: str) -> dict[str, dict[float, list[float]]]
     curves: dict[str, dict[float, list[float]]] = {}
     for name in FOUR:
         arms = [arm for arm in ABLATIONS[group] if arm.tuned_as == name]
-        if group != "queries":
+        if arms and group != "queries":
             arms.append(BY_NAME[name])  # where the setting is as in the main runs
         points = {}
         for arm in arms:
