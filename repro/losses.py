@@ -101,8 +101,7 @@ def wasserstein_1d(
     (Vallender 1973).  Where the passages of one grade lie:
 
     - ties="merged": x_j = y_j, the grade.  They exchange mass freely, so a confident mistake
-    among
-      the many passages of grade 0 costs nothing: the blind spot.
+      among the many passages of grade 0 costs nothing: the blind spot.
     - ties="spread": x_j = y_j - r_j / n, where r_j = 0 ... n-1 is the rank by score among the n
       passages of the row with grade y_j.  They lie evenly on the unit below it, the model's
       favourites on top, so a wrong favourite has to travel.  No gradient through the places.
@@ -202,7 +201,10 @@ def fit_temperature(loss: Callable[..., Tensor], batches: Iterable[tuple[Tensor,
         return sum(values) / len(values)
 
     grid = np.log(COARSE * deviation)
-    best = int(np.argmin([mean_loss(point) for point in grid]))
+    values = [mean_loss(point) for point in grid]
+    if not np.isfinite(values).all():
+        raise ValueError("fit_temperature: the loss is not a finite number on these batches")
+    best = int(np.argmin(values))
     if best in (0, len(grid) - 1):
         temperature = math.exp(grid[best])
         print(f"fit_temperature: the best, {temperature:.3g}, ends the grid", file=sys.stderr)
@@ -222,8 +224,7 @@ def _present(scores: Tensor, mask: Mask) -> Tensor:
 def _logits(
     scores: Tensor, labels: Tensor, temperature: float, label_temperature: float, mask: Mask
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What the softmaxes of P and T take, and the grades: (B, N) each.  Checks what a loss is
-    given."""
+    """What the softmaxes of P and T take, and the grades: (B, N) each, of checked arguments."""
     shape, other = tuple(scores.shape), tuple(labels.shape)
     if len(shape) != 2 or shape != other or 0 in shape:
         expected = "scores and expand_labels(labels) of one shape (B, N)"
@@ -231,9 +232,8 @@ def _logits(
     for name, value in (("temperature", temperature), ("label_temperature", label_temperature)):
         if not 0 < value < math.inf:
             raise ValueError(f"{name}: expected a positive finite number, got {value!r}")
-    scores = scores.to(
-        torch.promote_types(scores.dtype, torch.float32)
-    )  # bfloat16 loses small targets
+    # At least float32: bfloat16 loses small targets.
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     grades = labels.to(scores.dtype)
     x = scores / temperature
     z = grades / label_temperature
@@ -244,12 +244,10 @@ def _logits(
     absent = ~_present(scores, mask)
     if absent.all(dim=1).any():
         raise ValueError("mask: expected a passage in every row, found a row without one")
-    nothing = torch.finfo(
-        x.dtype
-    ).min  # exp gives exactly 0; unlike -inf it leaves logarithms finite
-    lowest = (
-        grades.min() - 1
-    )  # below every passage: it shares no grade, and its place on the line is free
+    # Of this exp gives exactly 0, and unlike -inf it leaves logarithms finite.
+    nothing = torch.finfo(x.dtype).min
+    # Below every passage: padding shares no grade, and its place on the line costs nothing.
+    lowest = grades.masked_fill(absent, 0).min() - 1
     return (
         x.masked_fill(absent, nothing),
         z.masked_fill(absent, nothing),

@@ -145,19 +145,24 @@ def filled(config: TrainConfig, encoder: BiEncoder, lists: int, ranks: int = 1) 
     With too few lists a batch is smaller; stderr says so.  ValueError if the batch does not fit the
     ranks, or if no step is left.
     """
-    if config.batch_size % ranks or lists < ranks:
-        raise ValueError(f"batch_size: expected a multiple of {ranks} ranks, and so many lists")
+    if config.batch_size % ranks:
+        raise ValueError(f"batch_size: expected a multiple of {ranks} ranks")
+    if lists < ranks:
+        raise ValueError(f"lists: expected at least {ranks}, got {lists}")
     size = min(config.batch_size, lists // ranks * ranks)
     if size < config.batch_size:
         print(f"only {lists} lists: a batch is {size} of them", file=sys.stderr)
     epochs, lr = 1, 1e-5
     if encoder.frozen:
         epochs, lr = 5, 4e-4
+    config = replace(config, batch_size=size, lr=config.lr or lr)
+    if config.steps is not None:
+        return config
     epochs = config.epochs or epochs
-    steps = config.steps or epochs * (lists // size) // config.accumulate
+    steps = epochs * (lists // size) // config.accumulate
     if steps < 1:
         raise ValueError(f"accumulate: {lists} lists make less than one step; lower it")
-    return replace(config, batch_size=size, epochs=epochs, lr=config.lr or lr, steps=steps)
+    return replace(config, epochs=epochs, steps=steps)
 
 
 def loss_function(config: TrainConfig) -> Callable[..., Tensor]:
