@@ -117,14 +117,18 @@ def test_the_rule(difference: float, low: float, high: float, p: float, expected
 
 
 def test_seeds_are_averaged_query_by_query() -> None:
-    trained = [rows_of("KL", "0", queries(0.4)), rows_of("KL", "1", queries(0.6))]
-    runs = pd.concat([*trained, rows_of("start", "", queries(0.3))])
+    first = rows_of("KL", "0", queries(0.4))
+    second = rows_of("KL", "1", queries(0.6))
+    start = rows_of("start", "", queries(0.3))
+    runs = pd.concat([first, second, start])
     found = claims.differences(runs, "base", "KL", "start", ["npl"])
     assert found["npl"] == pytest.approx(dict.fromkeys(queries(0), 0.2))
 
 
 def test_runs_of_different_queries_are_refused() -> None:
-    runs = pd.concat([rows_of("KL", "0", queries(0.4)), rows_of("start", "", queries(0.3, 29))])
+    trained = rows_of("KL", "0", queries(0.4))
+    start = rows_of("start", "", queries(0.3, count=29))
+    runs = pd.concat([trained, start])
     with pytest.raises(ValueError, match="different queries"):
         claims.differences(runs, "base", "KL", "start", ["npl"])
 
@@ -144,9 +148,11 @@ def record(arm: str, seed: int | None) -> dict[str, Any]:
 
 
 def test_records_in_any_order_give_the_same_bytes(tmp_path: Path) -> None:
-    for folder, seeds in (("a", (0, 1, 2)), ("b", (2, 0, 1))):
+    orders = {"a": (0, 1, 2), "b": (2, 0, 1)}
+    for folder, seeds in orders.items():
         for seed in seeds:
-            claims.add_run(tmp_path / folder, record("KL", seed), {"npl": queries(seed / 10)})
+            values = {"npl": queries(seed / 10)}
+            claims.add_run(tmp_path / folder, record("KL", seed), values)
     for name in ("runs.jsonl", "per_query.csv.gz"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 

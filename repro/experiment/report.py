@@ -204,7 +204,7 @@ def summary(runs: pd.DataFrame) -> str:
     for same in zip(*columns, strict=True):
         cells = [f"{row.verdict}, {shown(row.whole)}" for row in same]
         rows.append((f"{same[0].label}: {WORDS[same[0].label]}", *cells))
-    scores = "Mean nDCG@10 of BM25, the start and the best arm: " + " ".join(levels)
+    scores = "Mean nDCG@10, the last one of the best arm. " + " ".join(levels)
     return f"{table(head, rows)}\n\n{scores}\n"
 
 
@@ -237,7 +237,6 @@ def page(
         "## Again",
         AGAIN,
         f"Made by {places(records)}; +: some file, such as a record, had changed since.",
-        "Speed: [SPEED.md](SPEED.md).",
     ]
     return "\n\n".join(parts) + "\n"
 
