@@ -89,6 +89,7 @@ def read_config(path: Path) -> Config:
 
 
 def read_transformer(folder: Path, config: Config) -> Config:
+    """The number of tokens that a text may have."""
     return {"max_length": config.get("max_seq_length")}
 
 
@@ -123,6 +124,7 @@ def read_dense(folder: Path, config: Config) -> Config:
 
 
 def read_normalize(folder: Path, config: Config) -> Config:
+    """Vectors of length 1."""
     return {"normalise": True}
 
 
@@ -213,6 +215,7 @@ def read_folder(folder: Path, name: str) -> tuple[Config, str]:
 
 
 def write_word_weights(folder: Path, weights: Tensor, tokenizer: Any) -> None:
+    """The token weights, as sentence-transformers names them."""
     words = tokenizer.convert_ids_to_tokens(list(range(len(weights))))
     table = dict(zip(words, weights.tolist(), strict=True))
     write_json(folder / "config.json", {"vocab": words, "word_weights": table})
