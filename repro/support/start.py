@@ -105,6 +105,8 @@ def build_base(folder: Path) -> None:
     passages = [text for item in lists for text in item.passages]
     source = model_folder(CHECKPOINT)
     model = load_pretrained(source)
+    # As it will be loaded again: the kept vectors are found by the config, among others.
+    model.config.architectures = [type(model).__name__]
     model.layers = model.layers[:LAYERS]
     model.config.num_hidden_layers = LAYERS
     tokenizer = load_pretrained(source, AutoTokenizer)
