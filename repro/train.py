@@ -278,12 +278,14 @@ def fit(model: nn.Module, lists: Lists, config: TrainConfig, optimiser: AdamW) -
     device = trainable[0].device
     dtype = pick_dtype(config.dtype, device)
     loss, size = loss_function(config), config.batch_size
+    order: list[int] = []
     for step in range(config.steps):
         torch.manual_seed((config.seed * config.steps + step) * ranks + rank)  # of dropout
         row = {"step": step, "epoch": 0, "loss": 0.0, "lr": learning_rate(step, config)}
         for part in range(config.accumulate):
             row["epoch"], place = divmod(step * config.accumulate + part, len(lists) // size)
-            order = epoch_order(len(lists), config.seed, row["epoch"])
+            if place == 0:  # an epoch begins
+                order = epoch_order(len(lists), config.seed, row["epoch"])
             batch = collate([lists[j] for j in order[place * size : (place + 1) * size]])
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 value = batch_loss(model, batch, loss, config.chunk)

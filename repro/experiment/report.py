@@ -185,7 +185,7 @@ def findings(runs: pd.DataFrame) -> list[str]:
         for rung in claims.ladder(runs, start):
             word = "" if rung.p <= claims.LEVEL else "no difference shown, "
             parts.append(f"{rung.label} {word}{shown(rung.whole)}")
-        lines.append(f"The ladder from `{start}`: {'; '.join(parts)}.")
+        lines.append(f"The ladder from `{start}`, p not corrected: {'; '.join(parts)}.")
     return lines
 
 
@@ -259,7 +259,7 @@ def draw_temperature(runs: pd.DataFrame, path: Path) -> None:
     figure, (axis,) = plots.panels(1, 7.5, 3.6)
     plots.lines(axis, curve(runs, "temperature"))
     axis.set_xscale("log", base=2)
-    title = "One common temperature decides the winner"
+    title = "What a temperature beside the fitted one costs"
     plots.label(axis, title, "multiple of the fitted temperature", "nDCG@10, mean of seven")
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
