@@ -1,13 +1,14 @@
-"""Files and folders that appear whole or not at all, and the end of a command."""
+"""Errors in one sentence, files and folders that appear whole or not at all, a command's end."""
 
-import contextlib
 import io
 import json
 import os
 import shutil
 import sys
 import tempfile
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,22 @@ from typing import Any
 def one_line(text: object, most: int = 300) -> str:
     """Text from outside, fit for a terminal: printable, single spaces, cut at `most`."""
     printable = "".join(c if c.isprintable() else " " for c in str(text))
-    plain = " ".join(printable.split())
-    if len(plain) > most:
-        plain = plain[: most - 3] + "..."
-    return plain
+    return " ".join(printable.split())[:most]
+
+
+def bad(where: object, expected: str, found: object) -> ValueError:
+    """The error "WHERE: expected EXPECTED, found FOUND", with FOUND as Python shows it."""
+    shown = one_line(repr(found), 80)
+    return ValueError(f"{where}: expected {expected}, found {shown}")
+
+
+@contextmanager
+def naming(what: object, *kinds: type[Exception]) -> Iterator[None]:
+    """Make errors of these kinds a ValueError that says in front what failed."""
+    try:
+        yield
+    except kinds as error:
+        raise ValueError(f"{what}: {one_line(error)}") from error
 
 
 class _Console:
@@ -36,11 +49,8 @@ class _Console:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> None:
-        with contextlib.suppress(OSError):
-            self.stream.write(text)
-
-    def flush(self) -> None:
         try:
+            self.stream.write(text)
             self.stream.flush()
         except OSError:  # Python would try again when it ends, and end with another exit code
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
@@ -51,23 +61,32 @@ def run_command(work: Callable[[], object]) -> int:
 
     0, or 2 with a sentence on stderr (bad input, files, memory), or 130 after Ctrl-C.
     """
-    code = 0
-    out, err = _Console(sys.stdout), _Console(sys.stderr)
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with redirect_stdout(_Console(sys.stdout)), redirect_stderr(_Console(sys.stderr)):
         try:
             work()
         except KeyboardInterrupt:
-            print("stopped", file=err)
-            code = 130
+            print("stopped", file=sys.stderr)
+            return 130
         except Exception as error:
             out_of_memory = type(error).__name__ == "OutOfMemoryError"  # torch's, not imported here
             if not (out_of_memory or isinstance(error, ValueError | OSError)):
                 raise
-            print(f"error: {one_line(error, 1000)}", file=err)
-            code = 2
-        out.flush()
-        err.flush()
-    return code
+            print(f"error: {one_line(error, 1000)}", file=sys.stderr)
+            return 2
+    return 0
+
+
+def options(module: str, argv: list[str] | None, *kinds: type) -> tuple[Any, ...]:
+    """One value of each dataclass out of a command line, an option a field.
+
+    The docstring of the first is the help.  A command line that does not fit ends the program.
+    """
+    from transformers import HfArgumentParser  # here, since the metrics do without torch
+
+    text, layout = kinds[0].__doc__, RawDescriptionHelpFormatter
+    prog = f"python -m {module}"
+    parser = HfArgumentParser(kinds, prog=prog, description=text, formatter_class=layout)
+    return parser.parse_args_into_dataclasses(argv)
 
 
 def _check_place(path: Path) -> Path:
@@ -75,10 +94,8 @@ def _check_place(path: Path) -> Path:
     parent = path.parent
     while not parent.exists():
         parent = parent.parent
-    try:
+    with naming(f"{path}: cannot be written", OSError):
         tempfile.TemporaryFile(dir=parent).close()
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be written: {error.strerror}") from error
     return path
 
 
@@ -95,7 +112,7 @@ def check_output(path: str | Path, overwrite: bool = False) -> Path:
     return _check_place(path)
 
 
-@contextlib.contextmanager
+@contextmanager
 def _beside(path: Path) -> Iterator[Path]:
     """A place beside `path` for what is not whole yet; what stays there is removed in the end."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -125,13 +142,11 @@ def check_new_folder(folder: str | Path, overwrite: bool = False) -> Path:
     trained = overwrite and (path / "train.json").is_file()
     empty = path.is_dir() and not any(path.iterdir())
     if path.exists() and not trained and not empty:
-        raise ValueError(
-            f"{path}: exists; name a new folder (--overwrite replaces only one with a train.json)"
-        )
+        raise ValueError(f"{path}: exists; --overwrite replaces a folder only with a train.json")
     return _check_place(path)
 
 
-@contextlib.contextmanager
+@contextmanager
 def new_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """A scratch folder that takes the place of `folder` if the block ends well, or else is removed.
 
@@ -141,10 +156,6 @@ def new_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
     with _beside(path) as scratch:
         scratch.mkdir()
         yield scratch
-        rights = scratch.stat().st_mode & 0o666
-        for file in scratch.rglob("*"):
-            if file.is_file():
-                file.chmod(rights)  # safetensors lets nobody else read what it saves
         if path.exists():
             shutil.rmtree(path)
         scratch.rename(path)
