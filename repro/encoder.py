@@ -6,11 +6,8 @@ vectors.  A model is saved as a sentence-transformers folder, see `repro.support
 
 import hashlib
 import json
-import os
-from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import trange
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from repro.support.folders import read_folder, write_folder
 from repro.support.models import cached, load_pretrained, model_folder, pick_device, pick_dtype
@@ -27,8 +24,7 @@ ROWS_ON_CPU = 16  # texts trained together; 64, padded to the longest, hold 1.4 
 BLOCK = 1024  # texts in one file of kept vectors: half a minute of work on two cores
 WORTH_A_FILE = 64  # texts; fewer are sooner computed again
 PLAIN_LENGTH = 256  # tokens of a text for a plain transformer, as released
-ENDLESS = 10**9  # tokenizers write "no limit" as a number beyond this
-Texts = Sequence[str]
+Texts = list[str]
 KEPT: dict[str, dict[str, Tensor]] = {}  # {settings: {prompt + text: mean vector (hidden,)}}
 
 
@@ -49,8 +45,8 @@ class BiEncoder(nn.Module):
 
     def __init__(
         self,
-        model: nn.Module,
-        tokenizer: Any,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
         *,
         pooling: str = "mean",
         normalise: bool = False,
@@ -69,12 +65,11 @@ class BiEncoder(nn.Module):
         self.pooling = pooling
         self.normalise = normalise
         self.max_length = max_length
-        self.prompts = {"query": "", "passage": ""} | (prompts or {})
+        self.prompts = prompts or {"query": "", "passage": ""}
         self.register_buffer("token_weights", token_weights)
         self.register_buffer("centre", centre)
-        self.projection = None
-        if projection is not None:
-            self.projection = nn.Parameter(projection.clone())
+        self.projection = None if projection is None else nn.Parameter(projection)
+        if self.frozen:
             model.requires_grad_(False)
 
     @property
@@ -92,17 +87,10 @@ class BiEncoder(nn.Module):
 
     def prompted(self, texts: Texts, kind: str) -> list[str]:
         """The prompt of `kind` (query or passage) in front of each text; ValueError for others."""
-        if kind not in self.prompts:
-            raise ValueError(f"kind: expected query or passage, got {kind!r}")
-        if isinstance(texts, str):
-            raise ValueError("expected a list of texts, got one str")
+        if isinstance(texts, str) or kind not in self.prompts:
+            found = f"{type(texts).__name__} of kind {kind!r}"
+            raise ValueError(f"expected a list of texts of kind query or passage, found {found}")
         return [self.prompts[kind] + text for text in texts]
-
-    def tokenise(self, texts: Texts) -> list[list[int]]:
-        """Token ids of texts that have their prompt, cut at `max_length`, at least one a text."""
-        cut = self.max_length is not None
-        rows = self.tokenizer(texts, truncation=cut, max_length=self.max_length)["input_ids"]
-        return [row or [self.pad] for row in rows]
 
     def forward(
         self, queries: Texts, passages: Texts, chunk: int | None = None
@@ -124,11 +112,13 @@ class BiEncoder(nn.Module):
         return self._finish(means)
 
     def _means(self, texts: Texts, rows: int, again: bool = False) -> Tensor:
-        """(n, hidden) with gradient, so many rows at a time, alike in length.
+        """(n, hidden) of texts that have their prompt, so many rows at a time, alike in length.
 
-        With `again` the states are not kept for the gradient but computed once more.
+        With gradient.  With `again` the states are not kept for it but computed once more.
         """
-        ids = self.tokenise(texts)
+        cut = self.max_length is not None
+        rows_of_ids = self.tokenizer(texts, truncation=cut, max_length=self.max_length)["input_ids"]
+        ids = [row or [self.pad] for row in rows_of_ids]  # a text has at least one
         lengths = torch.tensor([len(row) for row in ids])
         order = lengths.argsort(descending=True, stable=True)  # too large a batch fails at once
         parts = []
@@ -189,34 +179,28 @@ class BiEncoder(nn.Module):
         if not texts:
             return torch.empty(0, self.model.config.hidden_size)
         kept = KEPT.setdefault(self._settings(), {}) if self.frozen else {}
+        was_training = self.training
+        self.eval()  # no dropout
         unique = list(dict.fromkeys(texts))
         for first in trange(0, len(unique), BLOCK, desc=f"encode {kind}", disable=not progress):
             block = unique[first : first + BLOCK]
-            if any(text not in kept for text in block):
+            if not kept.keys() >= set(block):
                 kept.update(zip(block, self._block(block, batch_size), strict=True))
+        self.train(was_training)
         return torch.stack([kept[text] for text in texts])
 
     def _block(self, texts: Texts, batch_size: int) -> Tensor:
-        """(n, hidden) mean vectors, from their file if they are to be kept on disk."""
-        if not self.frozen or len(texts) < WORTH_A_FILE:
-            return self._without_dropout(texts, batch_size)
+        """(n, hidden) mean vectors, on the CPU, from their file if they are to be kept on disk."""
 
         def build(folder: Path) -> None:
-            vectors = self._without_dropout(texts, batch_size)
-            np.save(folder / "vectors.npy", vectors.numpy(), allow_pickle=False)
+            np.save(folder / "vectors.npy", self._means(texts, batch_size).cpu())
 
+        if not self.frozen or len(texts) < WORTH_A_FILE:
+            return self._means(texts, batch_size).cpu()
         content = json.dumps([self._settings(), texts])
         name = hashlib.sha256(content.encode()).hexdigest()
         folder = cached(f"vectors/{name}", build)
-        return torch.from_numpy(np.load(folder / "vectors.npy", allow_pickle=False))
-
-    def _without_dropout(self, texts: Texts, batch_size: int) -> Tensor:
-        """(n, hidden) mean vectors, on the CPU; the mode (training or not) stays as it is."""
-        was_training = self.training
-        self.eval()
-        vectors = self._means(texts, batch_size).cpu()
-        self.train(was_training)
-        return vectors
+        return torch.from_numpy(np.load(folder / "vectors.npy"))
 
     def _settings(self) -> str:
         """All that a frozen transformer's mean vectors depend on, but for the texts."""
@@ -229,8 +213,8 @@ class BiEncoder(nn.Module):
         tokenizer = json.loads(self.tokenizer.backend_tokenizer.to_str())
         tokenizer |= {"truncation": None, "padding": None}  # left there by an earlier call
         config = {**self.model.config.to_dict(), "_name_or_path": ""}  # wherever it lies
-        whole = self.tokenizer.split_special_tokens
-        content = json.dumps([tokenizer, whole, self.pad, config], sort_keys=True, default=str)
+        parts = [tokenizer, self.tokenizer.split_special_tokens, self.pad, config]
+        content = json.dumps(parts, sort_keys=True, default=str)
         digest = hashlib.sha256(content.encode())
         for name, weight in self.state_dict().items():
             if name not in ("centre", "projection"):
@@ -252,16 +236,16 @@ class BiEncoder(nn.Module):
         """
         target = pick_device(device)
         number_format = pick_dtype(dtype, target, encoding=True)
-        name = os.fspath(path_or_name)
+        name = str(path_or_name)
         if name == "base":
             from repro.support import start  # here, since it is built with this class
 
             folder = start.base_folder()
         else:
             folder = model_folder(name)
-        options, subfolder = read_folder(folder, name)
-        model = load_pretrained(folder, name=name, subfolder=subfolder, dtype=number_format)
-        tokenizer = load_pretrained(folder, AutoTokenizer, name=name, subfolder=subfolder)
+        options, root = read_folder(folder)
+        model = load_pretrained(root, name=name, dtype=number_format)
+        tokenizer = load_pretrained(root, AutoTokenizer, name)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         longest = options.get("max_length") or tokenizer.model_max_length
         if "pooling" not in options:
@@ -270,23 +254,24 @@ class BiEncoder(nn.Module):
         return cls(model, tokenizer, **options).to(target).eval()
 
 
-def text_limit(model: nn.Module, asked: int | None) -> int | None:
+def text_limit(model: PreTrainedModel, asked: int) -> int | None:
     """Tokens a text may have: what is asked for, or fewer if the model has fewer positions.
 
-    RoBERTa and its kind count positions from the padding index + 1.  What is None, below 1 or
-    endless is no limit, as are the positions of models that count distances, such as T5.
+    RoBERTa and its kind count positions from the padding index + 1.  What is below 1 or beyond
+    1e9 (so tokenizers write "endless") is no limit, as are the positions of models that count
+    distances, such as T5.
     """
-    limits = [asked, getattr(model.config, "max_position_embeddings", None)]
+    positions = getattr(model.config, "max_position_embeddings", None)
     embeddings = getattr(model, "embeddings", None)
     table = getattr(embeddings, "position_embeddings", None)
     padding = getattr(table, "padding_idx", None)
     if padding is not None:
-        limits.append(table.num_embeddings - padding - 1)
-    finite = [limit for limit in limits if limit and 1 <= limit < ENDLESS]
+        positions = table.num_embeddings - padding - 1
+    finite = [limit for limit in (asked, positions) if limit and 1 <= limit < 1e9]
     return min(finite, default=None)
 
 
-def set_dropout(model: nn.Module, p: float) -> None:
+def set_dropout(model: PreTrainedModel, p: float) -> None:
     """Let a transformer drop each unit with probability `p` in training; 0 drops none.
 
     Sets every `nn.Dropout`, the numbers named dropout that attention layers read for themselves,

