@@ -76,7 +76,7 @@ def means(runs: pd.DataFrame, start: str, arm: str) -> pd.DataFrame:
 
 
 def differences(
-    runs: pd.DataFrame, start: str, better: str, than: str, collections: Sequence[str]
+    runs: pd.DataFrame, start: str, better: str, than: str
 ) -> dict[str, dict[str, float]]:
     """{collection: {query: nDCG@10 of arm `better` minus arm `than`}}; {} if a side has no run.
 
@@ -92,29 +92,32 @@ def differences(
     if not ours.index.equals(theirs.index):
         raise ValueError(f"runs of {better} and {than} answered different queries")
     gap = ours - theirs
-    return {name: gap[name].to_dict() for name in collections}
+    return {name: gap[name].to_dict() for name in COLLECTIONS}
 
 
 def judge_pair(
-    runs: pd.DataFrame, start: str, better: str, than: str, collections: Sequence[str]
-) -> Comparison | None:
-    """`compare` of two arms, None where a side has no run."""
-    found = differences(runs, start, better, than, collections)
-    return compare(found) if found else None
+    runs: pd.DataFrame, start: str, better: str, than: str, names: Sequence[str] = COLLECTIONS
+) -> list[Comparison | None]:
+    """`compare` of two arms on some collections, and on the fresh of these; None without a run."""
+    gap = differences(runs, start, better, than)
+    found = []
+    for some in (names, [name for name in names if name in FRESH]):
+        found.append(compare({name: gap[name] for name in some}) if gap else None)
+    return found
 
 
 def judge(runs: pd.DataFrame, start: str, family: str) -> list[Judged]:
     """The five claims of a family: p is Holm-corrected over them (1 where nothing was measured)."""
-    found, raw = {}, {}
+    found, raw = [], {}
     for claim, better, than, names in claims_of(family):
-        whole = judge_pair(runs, start, better, than, names)
-        fresh = judge_pair(runs, start, better, than, [name for name in names if name in FRESH])
-        found[claim] = (claim, better, than, whole, fresh)
+        whole, fresh = judge_pair(runs, start, better, than, names)
+        found.append((claim, better, than, whole, fresh))
         raw[claim] = whole.p if whole else 1.0
     corrected = holm(raw)
     rows = []
-    for claim, row in found.items():
-        rows.append(Judged(*row, corrected[claim], verdict(row[3], corrected[claim])))
+    for claim, *pair, whole, fresh in found:
+        p = corrected[claim]
+        rows.append(Judged(claim, *pair, whole, fresh, p, verdict(whole, p)))
     return rows
 
 
@@ -122,8 +125,7 @@ def ladder(runs: pd.DataFrame, start: str) -> list[Judged]:
     """The rungs from InfoNCE up that were measured, each with its difference; p not corrected."""
     rungs = []
     for than, better, label in LADDER:
-        whole = judge_pair(runs, start, better, than, COLLECTIONS)
-        fresh = judge_pair(runs, start, better, than, FRESH)
+        whole, fresh = judge_pair(runs, start, better, than)
         if whole:
             rungs.append(Judged(label, better, than, whole, fresh, whole.p, ""))
     return rungs
@@ -156,18 +158,17 @@ def add_run(
 
     Both files are written whole and sorted, so that the same runs give the same bytes.
     """
-    rows = [
-        (*key_of(record), name, query, value)
-        for name, queries in values.items()
-        for query, value in queries.items()
-    ]
+    wide = pd.DataFrame(values).rename_axis("query").reset_index()
+    rows = wide.melt("query", var_name="collection", value_name=SCORE).dropna()
+    rows[KEY] = key_of(record)
     runs = read_runs(folder)
     same = (runs[KEY] == key_of(record)).all(axis=1)  # left by a kill between the two files
-    runs = pd.concat([runs[~same], pd.DataFrame(rows, columns=COLUMNS)]).sort_values(COLUMNS)
+    runs = pd.concat([runs[~same], rows])[COLUMNS].sort_values(COLUMNS)
     folder.mkdir(parents=True, exist_ok=True)
     scratch = folder / "per_query.csv.gz.tmp"
-    how = {"method": "gzip", "mtime": 0}
-    runs.to_csv(scratch, index=False, float_format="%.5f", compression=how)
+    runs.to_csv(
+        scratch, index=False, float_format="%.5f", compression={"method": "gzip", "mtime": 0}
+    )
     scratch.replace(folder / "per_query.csv.gz")
     records = sorted([*read_records(folder), record], key=key_of)
     lines = [json.dumps(one, sort_keys=True) + "\n" for one in records]

@@ -35,11 +35,11 @@ own prompts; `all-minilm-l6-v2` has learned from human labels."""
 TUNING = """Four learning rates an arm; where the best lay at an edge, more beyond it, so that no
 choice lies at an edge."""
 WORDS = {
-    "C1": "graded lists with W beat InfoNCE on the same passages",
-    "C2": "training on them improves the start, without any real document",
-    "C3": "on other domains it beats InfoNCE on real data",
-    "C4": "adding real passages helps further",
-    "C5": "four levels beat two",
+    "C1": "C1: graded lists with W beat InfoNCE on the same passages",
+    "C2": "C2: training on them improves the start, without any real document",
+    "C3": "C3: on other domains it beats InfoNCE on real data",
+    "C4": "C4: adding real passages helps further",
+    "C5": "C5: four levels beat two",
 }
 AXES = {"temperature": "multiple", "label temperature": "label_temperature", "queries": "queries"}
 RULE = f"""A difference is the mean over collections of the mean paired difference in nDCG@10, seeds
@@ -76,24 +76,19 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
+def judged_table(judged: Iterable[claims.Judged]) -> str:
+    """Claims or rungs, a row each."""
+    rows = []
+    for row in judged:
+        found = (shown(row.whole), f"{row.p:.4f}", row.verdict, shown(row.fresh))
+        words = WORDS.get(row.label, row.label)
+        rows.append((words, f"{row.better} over {row.than}", *found))
+    return table(("what", "arms", "difference", "p", "verdict", "fresh three"), rows)
+
+
 def claims_table(runs: pd.DataFrame, start: str) -> str:
     """The five claims of both families, with verdicts."""
-    rows = []
-    for family in FAMILIES:
-        for row in claims.judge(runs, start, family):
-            arms = f"{row.better} over {row.than}"
-            rest = (shown(row.whole), f"{row.p:.4f}", f"**{row.verdict}**", shown(row.fresh))
-            rows.append((row.label, WORDS[row.label], arms, *rest))
-    return table(("", "claim", "arms", "difference", "p", "verdict", "fresh three"), rows)
-
-
-def ladder_table(runs: pd.DataFrame, start: str) -> str:
-    """The rungs; each changes one thing."""
-    rows = []
-    for rung in claims.ladder(runs, start):
-        arms = f"{rung.than} → {rung.better}"
-        rows.append((rung.label, arms, shown(rung.whole), f"{rung.p:.4f}", shown(rung.fresh)))
-    return table(("what changes", "from → to", "difference", "p", "fresh three"), rows)
+    return judged_table(row for family in FAMILIES for row in claims.judge(runs, start, family))
 
 
 def ladder_rows(runs: pd.DataFrame, start: str) -> dict[str, tuple[float, float, float]]:
@@ -203,7 +198,7 @@ def summary(runs: pd.DataFrame) -> str:
     rows = []
     for same in zip(*columns, strict=True):
         cells = [f"{row.verdict}, {shown(row.whole)}" for row in same]
-        rows.append((f"{same[0].label}: {WORDS[same[0].label]}", *cells))
+        rows.append((WORDS[same[0].label], *cells))
     scores = "Mean nDCG@10, the last one of the best arm. " + " ".join(levels)
     return f"{table(head, rows)}\n\n{scores}\n"
 
@@ -226,7 +221,8 @@ def page(
     parts += ["## How a verdict is made", RULE]
     for start in measured(runs):
         parts += [f"## From `{start}`", claims_table(runs, start)]
-        parts += ["The ladder (p not corrected):", ladder_table(runs, start)]
+        rungs = judged_table(claims.ladder(runs, start))
+        parts += ["The ladder, a rung a row (p not corrected):", rungs]
         parts += ["Means, nDCG@10, ± deviation over seeds:", means_table(runs, start)]
     parts += ["![The ladder](ladder.png)", f"## Ablations, from `{ABLATION_START}`, three seeds"]
     parts += [curve_table(runs, group) for group in ABLATIONS if curve(runs, group)]
