@@ -7,8 +7,8 @@ own k passages, and 0 elsewhere (`expand_labels`).
     T = softmax(labels / label_temperature)     what the grades ask for
 
 The scalar has the dtype of the scores, float32 at least.  `mask`, (B, N) or (N,), is False at
-padding: no mass, no gradient, whatever its score and grade.  ValueError: other shapes, a
-temperature that is not positive and finite, a row without a passage.
+padding: no mass, no gradient, whatever its score and grade.  ValueError: scores and labels of other
+shapes, a temperature that is not positive and finite, a row without a passage.
 """
 
 import math
@@ -20,19 +20,16 @@ import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
-Mask = Tensor | None  # True where a passage is
+from repro.support.files import bad
 
-# fit_temperature: a coarse grid in units of the scores' standard deviation.  Softer than 30 the
-# softmax is all but flat, sharper than .03 all but one-hot.
-COARSE = np.geomspace(0.03, 30, 25)
+Mask = Tensor | None  # True where a passage is
 
 
 def expand_labels(labels: Tensor) -> Tensor:
     """(B, k) -> (B, B * k): row i has its grades in columns i*k ... i*k + k-1, else 0."""
     if labels.ndim != 2:
-        shape = tuple(labels.shape)
-        raise ValueError(f"labels: expected a (B, k) matrix of grades, got shape {shape}")
-    return torch.einsum("ij,ik->ijk", torch.eye(len(labels)).to(labels), labels).flatten(1)
+        raise bad("labels", "a (B, k) matrix of grades", labels.shape)
+    return torch.block_diag(*labels)
 
 
 def target_distribution(
@@ -44,7 +41,7 @@ def target_distribution(
     0.64 alone and 0.22 in a batch of 16 lists.  A small label temperature sharpens T.
     """
     _, z, _ = _logits(labels, labels, 1.0, label_temperature, mask)
-    return torch.softmax(z, dim=1)
+    return z.softmax(1)
 
 
 def infonce(
@@ -57,10 +54,10 @@ def infonce(
     temperature.  A row of grades 0 is left out of the mean; without any other row the loss is 0.
     """
     x, _, grades = _logits(scores, labels, temperature, 1.0, mask)
-    best, positive = grades.max(dim=1)  # (B,), (B,)
+    best, positive = grades.max(1)  # (B,), (B,)
     losses = torch.nn.functional.cross_entropy(x, positive, reduction="none")  # (B,)
     judged = best > 0
-    return losses.masked_fill(~judged, 0).sum() / judged.sum().clamp(min=1)
+    return (losses * judged).sum() / judged.sum().clamp(min=1)
 
 
 def kl(
@@ -79,9 +76,9 @@ def kl(
     same.
     """
     x, z, _ = _logits(scores, labels, temperature, label_temperature, mask)
-    log_p = torch.log_softmax(x, dim=1)  # (B, N), finite even for mass 0
-    log_t = torch.log_softmax(z, dim=1)
-    return (log_t.exp() * (log_t - log_p)).sum(dim=1).mean()
+    log_p = x.log_softmax(1)  # (B, N), finite even for mass 0
+    log_t = z.log_softmax(1)
+    return (log_t.exp() * (log_t - log_p)).sum(1).mean()
 
 
 def wasserstein_1d(
@@ -110,29 +107,20 @@ def wasserstein_1d(
     the signed length of line that mass at j has to travel.  ValueError for other ties.
     """
     if ties not in ("spread", "merged"):
-        raise ValueError(f"ties: expected 'spread' or 'merged', got {ties!r}")
+        raise bad("ties", "spread or merged", ties)
     x, z, grades = _logits(scores, labels, temperature, label_temperature, mask)
-    surplus = torch.softmax(x, dim=1) - torch.softmax(z, dim=1)  # (B, N), P - T
-    with torch.no_grad():
-        order, places = _line(x, grades, spread=ties == "spread")
-    above = surplus.gather(1, order).cumsum(dim=1)[:, :-1]  # (B, N-1), the surplus above each gap
-    gaps = -places.diff(dim=1)
-    return (gaps * above.abs()).sum(dim=1).mean()
-
-
-def _line(x: Tensor, grades: Tensor, spread: bool) -> tuple[Tensor, Tensor]:
-    """Passages from the top of the line down: their columns and their places, (B, N) each."""
-    by_score = x.argsort(dim=1, descending=True, stable=True)
-    by_grade = grades.gather(1, by_score).argsort(dim=1, descending=True, stable=True)
-    order = by_score.gather(1, by_grade)
-    places = grades.gather(1, order)  # descending; of equal grades the best score first
-    if not spread:
-        return order, places
-    climbing = -places
-    first = torch.searchsorted(climbing, climbing)  # (B, N), where a passage's grade begins
-    last = torch.searchsorted(climbing, climbing, right=True)
-    rank = torch.arange(places.shape[1], device=places.device) - first
-    return order, places - rank.to(places) / (last - first)
+    # The passages from the top of the line down; of equal grades the best score first.
+    by_score = x.argsort(descending=True, stable=True)
+    depth, by_grade = (-grades).gather(1, by_score).sort(stable=True)
+    order = by_score.gather(1, by_grade)  # (B, N), their columns
+    if ties == "spread":
+        first = torch.searchsorted(depth, depth)  # (B, N), where a passage's grade begins
+        last = torch.searchsorted(depth, depth, right=True)
+        rank = torch.arange(x.shape[1], device=x.device) - first
+        depth = depth + rank.to(depth) / (last - first)
+    surplus = x.softmax(1) - z.softmax(1)  # (B, N), P - T
+    above = surplus.gather(1, order).cumsum(1)[:, :-1]  # (B, N-1), the surplus above each gap
+    return (depth.diff() * above.abs()).sum(1).mean()
 
 
 def wasserstein_gaussian(
@@ -154,23 +142,21 @@ def wasserstein_gaussian(
     stay 0.  Distributed training must gather the batch first.
     """
     x, z, _ = _logits(scores, labels, temperature, label_temperature, mask)
-    home = x.device
-    if home.type == "mps":  # Apple's GPUs lack float64
-        home = torch.device("cpu")
-    p = torch.softmax(x.to(home).double(), dim=1)  # (B, N)
-    t = torch.softmax(z.to(home).double(), dim=1)
+    if x.device.type == "mps":  # Apple's GPUs lack float64
+        x, z = x.cpu(), z.cpu()
+    p = x.double().softmax(1)  # (B, N)
+    t = z.double().softmax(1)
     samples = max(len(p) - 1, 1)
-    a = p - p.mean(dim=0)
-    c = t - t.mean(dim=0)
-    shift = (p.mean(dim=0) - t.mean(dim=0)).square().sum()
+    a = p - p.mean(0)
+    c = t - t.mean(0)
+    shift = (p.mean(0) - t.mean(0)).square().sum()
     spread = (a.square().sum() + c.square().sum()) / samples  # both traces
     cross = torch.nan_to_num(a @ c.T / samples)  # (B, B); a nan reaches the loss through shift
-    sigma = torch.linalg.svdvals(cross)
     # Where P has lost a direction the nuclear norm has a kink.  Rounded off as in the released
     # code its gradient is no noise there; the value moves by at most 6.4e-8 a query, maybe to
     # just below 0.
-    overlap = (sigma.square() + 1e-15).sqrt().sum()
-    return (shift + spread - 2 * overlap).to(x.dtype).to(x.device)
+    overlap = (torch.linalg.svdvals(cross).square() + 1e-15).sqrt().sum()
+    return (shift + spread - 2 * overlap).to(x)
 
 
 LOSSES = {loss.__name__: loss for loss in (infonce, kl, wasserstein_1d, wasserstein_gaussian)}
@@ -183,55 +169,40 @@ def fit_temperature(loss: Callable[..., Tensor], batches: Iterable[tuple[Tensor,
     labels, mask) of the untrained model on training lists: temperature scaling (Guo et al. 2017,
     arXiv 1706.04599) before training instead of after.  A log-spaced grid from .03 to 30 times
     the scores' standard deviation finds the valley, scipy's bounded search its bottom.  stderr
-    says so if the best lies at an end of the grid.  ValueError: no batch, or scores all equal or
-    not finite.
+    says so if the best lies at an end of the grid.  ValueError: scores all equal, or not
+    finite.
     """
-    batches = [(*batch, None)[:3] for batch in batches]
-    if not batches:
-        raise ValueError("fit_temperature: expected at least one batch of scores, got none")
-    real = [scores.detach()[_present(scores, mask)] for scores, _, mask in batches]
+    batches = [(*batch, torch.ones_like(batch[0]))[:3] for batch in batches]
+    real = [scores.masked_select(mask.bool()) for scores, _, mask in batches]
     deviation = torch.cat(real).double().std(correction=0).item()
     if not 0 < deviation < math.inf:
-        raise ValueError(f"fit_temperature: the scores' deviation is {deviation}, not above 0")
+        raise bad("fit_temperature", "scores of a deviation above 0", deviation)
 
-    @torch.no_grad()
     def mean_loss(log_temperature: float) -> float:
         temperature = math.exp(log_temperature)
         values = [loss(s, y, temperature=temperature, mask=mask).item() for s, y, mask in batches]
         return sum(values) / len(values)
 
-    grid = np.log(COARSE * deviation)
-    values = [mean_loss(point) for point in grid]
-    if not np.isfinite(values).all():
-        raise ValueError("fit_temperature: the loss is not a finite number on these batches")
-    best = int(np.argmin(values))
+    # Softer than 30 the softmax is all but flat, sharper than .03 all but one-hot.
+    grid = np.log(np.geomspace(0.03, 30, 25) * deviation)
+    best = np.argmin([mean_loss(point) for point in grid])
     if best in (0, len(grid) - 1):
-        temperature = math.exp(grid[best])
-        print(f"fit_temperature: the best, {temperature:.3g}, ends the grid", file=sys.stderr)
-        return temperature
-    bounds = (grid[best - 1], grid[best + 1])
-    found = minimize_scalar(mean_loss, bounds=bounds, method="bounded", options={"xatol": 1e-3})
-    return math.exp(found.x)
-
-
-def _present(scores: Tensor, mask: Mask) -> Tensor:
-    """(B, N) bool: where a passage is."""
-    if mask is None:
-        return torch.ones_like(scores, dtype=torch.bool)
-    return mask.bool().expand_as(scores)
+        print("fit_temperature: the best lies at an end of the grid", file=sys.stderr)
+        return math.exp(grid[best])
+    bounds = grid[[best - 1, best + 1]]
+    return math.exp(minimize_scalar(mean_loss, bounds=bounds, options={"xatol": 1e-3}).x)
 
 
 def _logits(
     scores: Tensor, labels: Tensor, temperature: float, label_temperature: float, mask: Mask
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """What the softmaxes of P and T take, and the grades: (B, N) each, of checked arguments."""
-    shape, other = tuple(scores.shape), tuple(labels.shape)
-    if len(shape) != 2 or shape != other or 0 in shape:
-        expected = "scores and expand_labels(labels) of one shape (B, N)"
-        raise ValueError(f"expected {expected}, got {shape} and {other}")
-    for name, value in (("temperature", temperature), ("label_temperature", label_temperature)):
+    shapes = scores.shape, labels.shape
+    if scores.ndim != 2 or scores.shape != labels.shape:
+        raise bad("scores and labels", "one shape (B, N), see expand_labels", shapes)
+    for value in (temperature, label_temperature):
         if not 0 < value < math.inf:
-            raise ValueError(f"{name}: expected a positive finite number, got {value!r}")
+            raise bad("temperature, label_temperature", "positive finite numbers", value)
     # At least float32: bfloat16 loses small targets.
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     grades = labels.to(scores.dtype)
@@ -239,17 +210,13 @@ def _logits(
     z = grades / label_temperature
     if mask is None:
         return x, z, grades
-    if mask.shape not in (shape, shape[1:]):
-        raise ValueError(f"mask: expected shape {shape}, got {tuple(mask.shape)}")
-    absent = ~_present(scores, mask)
-    if absent.all(dim=1).any():
+    absent = ~mask.bool().expand_as(scores)
+    if absent.all(1).any():
         raise ValueError("mask: expected a passage in every row, found a row without one")
     # Of this exp gives exactly 0, and unlike -inf it leaves logarithms finite.
     nothing = torch.finfo(x.dtype).min
+    x = x.masked_fill(absent, nothing)
+    z = z.masked_fill(absent, nothing)
     # Below every passage: padding shares no grade, and its place on the line costs nothing.
     lowest = grades.masked_fill(absent, 0).min() - 1
-    return (
-        x.masked_fill(absent, nothing),
-        z.masked_fill(absent, nothing),
-        grades.masked_fill(absent, lowest),
-    )
+    return x, z, grades.masked_fill(absent, lowest)

@@ -1,7 +1,7 @@
 """The released ways to shape lists: graded, synthetic binary, real binary, synthetic + real."""
 
+import os
 import random
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,93 +17,79 @@ from repro.data import (
     text_field,
 )
 
-RECIPES = ("graded", "binary")
-
 
 def recipe(lists: Lists, name: str, seed: int) -> Lists:
     """The lists as a released command shapes them; draws depend on seed and list id alone.
 
     "graded": every passage with its own grade.  "binary": a positive drawn from grades 3 and 2, at
     grade 3, and the passages of grades 1 and 0 at grade 0 (the released synthetic binary, k = 3).
-    Raises ValueError for another name, and for "binary" if a list is not one passage a grade.
+    Raises ValueError for "binary" if a list is not one passage a grade, best first.
     """
-    if name not in RECIPES:
-        raise ValueError(f"recipe: expected one of {', '.join(RECIPES)}, got {name!r}")
     if name == "graded":
-        return list(lists)
+        return lists
     shaped = []
     for item in lists:
-        if sorted(item.grades) != [0, 1, 2, 3]:
+        if item.grades != [3, 2, 1, 0]:
             raise ValueError(f"binary: expected grades 3, 2, 1, 0; {item.id!r} has {item.grades}")
-        positive = random.Random(f"{seed} {item.id}").choice((3, 2))
-        passages = [item.passages[item.grades.index(grade)] for grade in (positive, 1, 0)]
+        positive = random.Random(f"{seed} {item.id}").choice(item.passages[:2])
+        passages = [positive, *item.passages[2:]]
         shaped.append(replace(item, passages=passages, grades=[3, 0, 0]))
     return shaped
 
 
-def _mined(path: Path) -> Iterator[tuple[str, list[str]]]:
+def _mined(path: Path) -> Iterator[tuple[str, dict[str, None]]]:
     """(query id, passage ids) of lines {"qid": "1", "docid": ["7", ...]}, as `trove` has them."""
     for where, row in read_jsonl(path):
         ids = row.get("docid")
         if not isinstance(ids, list):
             raise ValueError(f"{where}: field 'docid': expected a list of ids, found {ids!r:.60}")
-        yield text_field(row, "qid", where), [str(passage) for passage in ids]
+        yield text_field(row, "qid", where), dict.fromkeys(map(str, ids))
 
 
-def real_lists(
-    path_or_hub_id: Place, negatives: Place | None = None, seed: int = 0, split: str = "train"
-) -> Lists:
+def real_lists(path_or_hub_id: Place, negatives: Place | None = None, seed: int = 0) -> Lists:
     """The released real binary (k = 3): an annotated positive (score >= 1) and two others, drawn.
 
-    Grades 3, 1, 1, as in the released synthetic + real.  The others are the query's passages
-    judged 0, or stand in a `negatives` file, here or on the hub
+    Grades 3, 1, 1, as in the released synthetic + real; train judgments.  The others are the
+    query's passages judged 0, or stand in a `negatives` file, here or on the hub
     (`BatsResearch/sycl/real_data/bm25_top_docs/train_qrels.jsonl`: BM25's top 1000), of which the
-    last line of a query counts.  With one other passage k = 2.  Passages that are not in the
-    corpus, and queries without a positive or another passage, are left out and counted on stderr.
+    last line of a query counts.  With one other passage k = 2.  Passages that are not in the corpus
+    are left out, and so are queries without a positive or another passage, counted on stderr.
     Raises ValueError for a bad row, and if no query is left.
     """
-    place = str(path_or_hub_id)
-    file = Path(negatives or "")
-    mined = find_file(file.parent.as_posix(), file.name) if negatives else None
-    corpus, queries, qrels = load_beir(place, split)
+    mined = find_file(*os.path.split(negatives)) if negatives else None
+    corpus, queries, qrels = load_beir(path_or_hub_id, "train")
     lists = {}
-    unusable = 0
     for query, ids in _mined(mined) if mined else qrels.items():
         judged = qrels.get(query, {})
-        found = [passage for passage in dict.fromkeys(ids) if passage in corpus]
-        unusable += len(ids) - len(found)
-        others = [passage for passage in found if not judged.get(passage)]
         good = [passage for passage in judged if judged[passage] and passage in corpus]
+        others = [passage for passage in ids if passage in corpus and not judged.get(passage)]
         if good and others:
             rng = random.Random(f"{seed} {query}")
             drawn = [rng.choice(good), *rng.sample(others, min(2, len(others)))]
             passages = [corpus[passage] for passage in drawn]
-            grades = [3] + [1] * (len(drawn) - 1)
-            lists[query] = GradedList(query, queries[query], passages, grades)
-    if unusable:
-        why = "passages stand there twice or are not in the corpus, left out"
-        print(f"{mined or place}: {unusable} {why}", file=sys.stderr)
+            lists[query] = GradedList(query, queries[query], passages, [3, 1, 1][: len(drawn)])
     lacking = [query for query in qrels if query not in lists]
     why = "queries lack a positive or another passage, left out"
-    report_unusable(place, lacking, len(qrels), why)
+    report_unusable(path_or_hub_id, lacking, len(qrels), why)
     return [lists[query] for query in qrels if query in lists]
 
 
 def combine(synthetic: Lists, real: Lists) -> Lists:
     """Synthetic + real: a query's real passages behind its synthetic ones (4 + 3: k = 7).
 
-    Joined by the query's text less case and outer space.  Without a partner a synthetic list stays
-    as it is, and a real one is left out, counted on stderr.  Raises ValueError if none has one.
+    Joined by the query's text less case.  Without a partner a synthetic list stays as it is, and a
+    real one is left out, counted on stderr.  Raises ValueError if none has one.
     """
-    partners = {item.query.strip().casefold(): item for item in reversed(real)}
-    nothing = GradedList("", "", [], [])
+    partners = {item.query.casefold(): item for item in reversed(real)}
     joined = []
     used = set()
     for item in synthetic:
-        more = partners.get(item.query.strip().casefold(), nothing)
-        used.add(more.id)
-        passages = item.passages + more.passages
-        joined.append(replace(item, passages=passages, grades=item.grades + more.grades))
+        partner = partners.get(item.query.casefold())
+        if partner:
+            used.add(partner.id)
+            passages = item.passages + partner.passages
+            item = replace(item, passages=passages, grades=item.grades + partner.grades)
+        joined.append(item)
     unused = [item.id for item in real if item.id not in used]
     report_unusable("combine", unused, len(real), "real lists have no synthetic partner, left out")
     return joined

@@ -15,8 +15,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
-from transformers import PreTrainedTokenizerFast as FastTokenizer
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from repro.data import GradedList
 from repro.support.models import WHEELS, cache_dir
@@ -28,11 +33,23 @@ WORDS = """
     moon tide why is sky blue capital city iron steel rust tea coffee beans roast engine oil change
     heart rate normal
 """
-TOPICS = ["bread dough rise", "moon tide", "iron rust", "coffee beans roast"]
-TOPICS += ["engine oil change", "cat sleep", "sky blue", "heart rate"]
+TOPICS = [
+    "bread dough rise",
+    "moon tide",
+    "iron rust",
+    "coffee beans roast",
+    "engine oil change",
+    "cat sleep",
+    "sky blue",
+    "heart rate",
+]
 VOCABULARY = ["[PAD]", "[UNK]", "[END]", *dict.fromkeys(WORDS.split())]
-SIZES = {"hidden_size": 16, "intermediate_size": 32, "pad_token_id": 0}
-SIZES["vocab_size"] = len(VOCABULARY)
+SIZES = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "pad_token_id": 0,
+    "vocab_size": len(VOCABULARY),
+}
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -41,9 +58,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip a `checkpoint` test unless the model is in the cache or asked for."""
-    folder = f"smollm2-135m-{WHEELS['smollm2-135m'][1][:12]}"
-    there = (cache_dir() / "models" / folder).exists()
-    asked = os.environ.get("SYCL_TEST_CHECKPOINT") == "1"
+    folder = f"models/smollm2-135m-{WHEELS['smollm2-135m'][1][:12]}"
+    there = (cache_dir() / folder).exists()
+    asked = "SYCL_TEST_CHECKPOINT" in os.environ
     if item.get_closest_marker("checkpoint") and not there and not asked:
         pytest.skip("SYCL_TEST_CHECKPOINT=1 runs it")
 
@@ -53,7 +70,7 @@ def save_model(folder: Path, model: torch.nn.Module) -> Path:
     numbers = {token: n for n, token in enumerate(VOCABULARY)}
     words = Tokenizer(models.WordLevel(numbers, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = FastTokenizer(
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", eos_token="[END]"
     )
     tokenizer.save_pretrained(folder)
@@ -98,25 +115,25 @@ def graded_lists(count: int = 16) -> list[GradedList]:
     """Queries about a topic: grade 3 has all of its words, 2 the first, 1 the last, 0 another's."""
     made = []
     for n in range(count):
-        topic = TOPICS[n % len(TOPICS)]
-        other = TOPICS[(n + 1) % len(TOPICS)]
+        topic, other = TOPICS[n % 8], TOPICS[(n + 1) % 8]
         first, *_, last = topic.split()
-        query = f"how {topic}"
-        if n >= len(TOPICS):
-            query += " " + "long" * (n // len(TOPICS))
         passages = [
             f"the {topic} of it",
             f"a {first} in the city",
             f"why is {last}",
             f"the {other} of it",
         ]
+        query = f"how {topic} {'long' * (n // 8)}".strip()
         made.append(GradedList(f"l{n}", query, passages, [3, 2, 1, 0]))
     return made
 
 
-def write_jsonl(path: Path, rows: list[dict]) -> Path:
-    lines = [json.dumps(row) + "\n" for row in rows]
-    path.write_text("".join(lines), encoding="utf-8")
+def write_jsonl(path: Path, rows: list[dict] | str) -> Path:
+    """A file with a line a row, or with this text; missing folders are made."""
+    if isinstance(rows, list):
+        rows = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(rows, encoding="utf-8", newline="")
     return path
 
 
@@ -125,5 +142,5 @@ def write_lists(path: Path, count: int = 16) -> Path:
     rows = []
     for item in graded_lists(count):
         passages = dict(zip("3210", item.passages, strict=True))
-        rows.append({"id": item.id, "query": item.query, "passages": passages})
+        rows.append(vars(item) | {"passages": passages})
     return write_jsonl(path, rows)

@@ -3,22 +3,22 @@
 import gzip
 import hashlib
 import json
-from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
+from conftest import write_jsonl
 
 from repro import data
 from repro.data import GradedList, as_collection, as_grade, collate, load_beir, load_lists
 
-HEADER = "query-id\tcorpus-id\tscore\n"
 QRELS = "q1\tp1\t3\nq1\tp2\t-1\nq1\t4\t1\nq2\tp2\t1\n"  # below 0: spam, counts as 0
 CORPUS = [
     {"_id": "p1", "title": "Moon", "text": "It raises tides."},
     {"_id": "p2", "title": "", "text": " Rust måste ha\u2028vatten."},
     {"_id": "p3", "text": "No title."},
-    {"_id": 4, "title": None, "text": None},
+    {"_id": 4, "title": None, "text": ""},
 ]
 QUERIES = [{"_id": "q1", "text": "the tide"}, {"_id": "q2", "text": " Why rust"}]
 EXPECTED = (
@@ -31,18 +31,10 @@ IRON = GradedList("b", "Rust ", ["iron rust", "tea"], [1, 0])
 GOOD = {"3": "a", "0": "b"}
 
 
-def write_rows(path: Path, rows: list | str | bytes) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(rows, list):
-        rows = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    path.write_bytes(rows if isinstance(rows, bytes) else rows.encode())
-    return path
-
-
-def write_collection(folder: Path, split: str = "test", **parts: list | str | bytes) -> Path:
-    write_rows(folder / "corpus.jsonl", parts.get("corpus", CORPUS))
-    write_rows(folder / "queries.jsonl", parts.get("queries", QUERIES))
-    write_rows(folder / f"qrels/{split}.tsv", parts.get("qrels", QRELS))
+def write_collection(folder: Path, split: str = "test", **parts: list | str) -> Path:
+    write_jsonl(folder / "corpus.jsonl", parts.get("corpus", CORPUS))
+    write_jsonl(folder / "queries.jsonl", parts.get("queries", QUERIES))
+    write_jsonl(folder / f"qrels/{split}.tsv", parts.get("qrels", QRELS))
     return folder
 
 
@@ -50,8 +42,7 @@ def write_collection(folder: Path, split: str = "test", **parts: list | str | by
     "parts",
     [
         {},
-        {"qrels": HEADER + QRELS},
-        {"qrels": "\ufeff" + (HEADER + QRELS).replace("\n", "\r\n")},
+        {"qrels": "\ufeff" + f"query-id\tcorpus-id\tscore\n{QRELS}".replace("\n", "\r\n")},
         {"corpus": "\ufeff" + "\r\n\r\n".join(map(json.dumps, CORPUS))},
         {"queries": [*QUERIES, {"_id": "q3", "text": "not judged"}]},
     ],
@@ -63,63 +54,57 @@ def test_a_folder_in_the_layout_of_beir(tmp_path: Path, parts: dict) -> None:
 def test_packed_files(tmp_path: Path) -> None:
     write_collection(tmp_path)
     for name in ("corpus.jsonl", "queries.jsonl", "qrels/test.tsv"):
-        path = tmp_path / name
-        write_rows(tmp_path / f"{name}.gz", gzip.compress(path.read_bytes()))
-        path.unlink()
+        path = (tmp_path / name).rename(tmp_path / f"{name}.gz")
+        path.write_bytes(gzip.compress(path.read_bytes()))
     assert load_beir(tmp_path) == EXPECTED
 
 
-@pytest.mark.parametrize("header", ["query-id\tcorpus-id\n", ""])
-def test_judgments_without_scores_have_grade_1(tmp_path: Path, header: str) -> None:
-    folder = write_collection(tmp_path, qrels=header + "q1\tp1\nq2\tp2\n")
+def test_judgments_without_scores_have_grade_1(tmp_path: Path) -> None:
+    folder = write_collection(tmp_path, qrels="query-id\tcorpus-id\nq1\tp1\nq2\tp2\n")
     assert load_beir(folder)[2] == {"q1": {"p1": 1}, "q2": {"p2": 1}}
 
 
 @pytest.mark.parametrize(
-    "place, revision, inner",
-    [("o/set", None, ""), ("o/set@v2", "v2", ""), ("o/set/in/it", None, "in/it/")],
+    "place, revision, inner", [("o/set", None, ""), ("o/set@v2/in/it", "v2", "in/it/")]
 )
 def test_a_hub_id_is_a_folder_fetched_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, revision: str | None, inner: str
 ) -> None:
-    asked = []
-
-    def hub_folder(*arguments: object) -> Path:
-        asked.append(arguments)
-        return tmp_path
-
-    write_collection(tmp_path / inner)
+    hub_folder = Mock(return_value=tmp_path)
     monkeypatch.setattr(data, "hub_folder", hub_folder)
+    write_collection(tmp_path / inner)
     assert load_beir(place) == EXPECTED
-    assert asked[1] == ("o/set", "dataset", (f"{inner}qrels/test.tsv*",), revision)
+    hub_folder.assert_any_call("o/set", "dataset", (f"{inner}qrels/test.tsv*",), revision)
 
 
-def test_a_judged_passage_outside_the_corpus_stays_judged(
-    tmp_path: Path, capsys: pytest.CaptureFixture
+@pytest.mark.parametrize(
+    "parts, message",
+    [
+        (
+            {"qrels": QRELS + "q2\tp9\t2\n"},
+            "1 of 4 judged passages are not in the corpus, never found: 'p9'",
+        ),
+        (
+            {
+                "qrels": QRELS + "q8\tp1\t1\nq9\tp1\t1\n",
+                "queries": [*QUERIES, {"_id": "q9", "text": " "}],
+            },
+            "2 of 4 judged queries have no text, left out: 'q8, q9'",
+        ),
+        ({"corpus": [*CORPUS, CORPUS[0] | {"text": "again"}]}, "corpus.jsonl:5"),
+        ({"queries": [*QUERIES, QUERIES[0] | {"text": "again"}]}, "queries.jsonl:3"),
+    ],
+)
+def test_what_is_left_out_is_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture, parts: dict, message: str
 ) -> None:
-    corpus, _, qrels = load_beir(write_collection(tmp_path, qrels=QRELS + "q2\tp9\t2\n"))
-    assert "p9" not in corpus
-    assert qrels["q2"] == {"p2": 1, "p9": 2}
-    message = "1 of 4 judged passages are not in the corpus, never found: 'p9'"
+    assert load_beir(write_collection(tmp_path, **parts))[:2] == EXPECTED[:2]
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("rows", [[], [{"_id": "q9", "text": " "}], [{"_id": "q9", "text": None}]])
-def test_a_judged_query_without_text_is_left_out(
-    tmp_path: Path, capsys: pytest.CaptureFixture, rows: list
-) -> None:
-    folder = write_collection(tmp_path, queries=QUERIES + rows, qrels=QRELS + "q9\tp1\t1\n")
-    assert load_beir(folder) == EXPECTED
-    assert "1 of 3 judged queries have no text, left out: 'q9'" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("part, rows", [("corpus", CORPUS), ("queries", QUERIES)])
-def test_an_id_that_stands_there_twice_counts_once(
-    tmp_path: Path, capsys: pytest.CaptureFixture, part: str, rows: list
-) -> None:
-    again = {"_id": rows[0]["_id"], "text": "again"}
-    assert load_beir(write_collection(tmp_path, **{part: [*rows, again]})) == EXPECTED
-    assert f"{part}.jsonl:{len(rows) + 1}" in capsys.readouterr().err
+def test_a_judged_passage_outside_the_corpus_stays_judged(tmp_path: Path) -> None:
+    folder = write_collection(tmp_path, qrels=QRELS + "q2\tp9\t2\n")
+    assert load_beir(folder)[2]["q2"] == {"p2": 1, "p9": 2}
 
 
 @pytest.mark.parametrize(
@@ -127,44 +112,39 @@ def test_an_id_that_stands_there_twice_counts_once(
     [
         ("qrels", "q9\tp1\t1", "found nothing to use: 1 of 1 judged queries have no text"),
         ("qrels", "q1\tp9\t1", "found nothing to use: 1 of 1 judged passages are not in the c"),
-        ("qrels", HEADER, "found nothing to use"),
         ("qrels", "q1 p1 3", ":1: expected query-id, corpus-id, score and tabs"),
-        ("qrels", "q1\t0\tp1\t3", ":1: expected query-id, corpus-id, score and tabs"),
-        ("qrels", "q1\tp1\t3\nq1\tp2", ":2: .* a score stands in all lines or in none"),
         ("qrels", "q1\tp1\t3\nq1\tp1\t2", ":2: field 'score': this pair has grade 3 already"),
         ("qrels", "q1\tp1\t3\nq1\tp2\t1.5", ":2: field 'score': expected a whole grade"),
         ("corpus", '\n{"_id": ', r"corpus\.jsonl:2: expected one JSON object"),
-        ("corpus", "[1]", r":1: expected one JSON object, but found \[1\]"),
-        ("corpus", '{"_id": "p", "text": "\\ud800"}', ":1: .*surrogates not allowed"),
-        ("corpus", b'{"_id": "p", "text": "\xff"}', ":1: cannot be read as UTF-8 text: .*0xff"),
+        ("corpus", "[1]", ":1: expected one JSON object"),
+        ("corpus", r'{"_id": "\ud800"}', ":1: expected one JSON object"),
         ("corpus", '{"_id": "p", "body": "a"}', ":1: field 'text': expected text, found None"),
-        ("queries", '{"_id": "q", "text": ["a"]}', ":1: field 'text': expected text, found .'a'"),
-        ("queries", '{"_id": null, "text": "a"}', ":1: field '_id': expected text, found None"),
+        ("queries", '{"_id": " ", "text": "a"}', ":1: field '_id': expected text, found ' '"),
     ],
 )
-def test_bad_rows_are_named(tmp_path: Path, part: str, content: str | bytes, message: str) -> None:
+def test_bad_rows_are_named(tmp_path: Path, part: str, content: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_beir(write_collection(tmp_path, **{part: content}))
 
 
-@pytest.mark.parametrize("value", ["3", 3, 3.0, " 3 "])
-def test_whole_grades(value: object) -> None:
-    assert as_grade(value, "x:1") == 3
+def test_whole_grades() -> None:
+    assert [as_grade(text, "x:1") for text in ("3", "3.0", "0", "-1")] == [3, 3, 0, 0]
 
 
-@pytest.mark.parametrize(
-    "value", [True, None, 1.5, -1, 10**9, float("nan"), [3], "³", "٣", "1_0", "+3", "- 1", ""]
-)
-def test_other_grades_are_refused(value: object) -> None:
-    with pytest.raises(ValueError, match="x:1: expected a whole grade of 0 or more, found"):
-        as_grade(value, "x:1")
+@pytest.mark.parametrize("text", ["1.5", "³", "- 1", ""])
+def test_other_grades_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="x:1: expected a whole grade: .*"):
+        as_grade(text, "x:1")
 
 
 @pytest.mark.parametrize(
     "place, split, message",
     [
-        ("no such thing", "test", r"expected a folder with queries\.jsonl \(or \.gz\), a hub id"),
-        ("sample", "dev", r"expected a folder with qrels/dev\.tsv"),
+        (
+            "sample",
+            "dev",
+            r"expected a folder with qrels/dev\.tsv \(or \.gz\), a hub id, or 'sample'",
+        ),
         ("mteb/scifact", "test", "mteb/scifact: the hub did not deliver"),
     ],
 )
@@ -173,46 +153,39 @@ def test_what_is_not_there_is_named(place: str, split: str, message: str) -> Non
         load_beir(place, split)
 
 
-@pytest.mark.parametrize("part", [slice(-20), slice(5, None), slice(0, -8)])
-def test_a_damaged_archive_is_named(tmp_path: Path, part: slice) -> None:
-    path = write_rows(tmp_path / "broken.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 1000)[part])
-    with pytest.raises(ValueError, match=r"broken\.jsonl\.gz:\d+: cannot be read"):
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("cut.jsonl.gz", gzip.compress(b'{"a": 1}' * 99)[:-9], "cannot be read: .*end-of-stream"),
+        ("plain.jsonl.gz", b"{}", "cannot be read: Not a gzipped file"),
+        ("latin.jsonl", b'{}\n{"_id": "\xff"}', "2: expected UTF-8 text: .*0xff"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name}: ?{message}"):
         list(data.read_jsonl(path))
 
 
-def test_lists_have_their_best_passage_first(tmp_path: Path) -> None:
-    row = {"query": "tide", "passages": {"1": "c", "3": "a ", "2": "b", "0": "d"}}
-    path = write_rows(tmp_path / "plain.jsonl", [row])
-    assert load_lists(path) == [GradedList("plain-1", "tide", list("abcd"), [3, 2, 1, 0])]
-
-
-def test_a_grade_may_have_several_passages(tmp_path: Path) -> None:
-    row = {"id": "x", "query": "tide", "passages": {"0": "c", "3": ["b", "a"]}}
-    path = write_rows(tmp_path / "lists.jsonl", [row])
-    assert load_lists([path]) == [GradedList("x", "tide", ["b", "a", "c"], [3, 3, 0])]
+def test_lists_have_their_best_passages_first(tmp_path: Path) -> None:
+    row = {"query": "tide", "passages": {"1": "c", "3": ["b", "a "], "0": "d"}}
+    path = write_jsonl(tmp_path / "plain.jsonl", [row])
+    assert load_lists(path) == [GradedList("plain-1", "tide", ["b", "a", "c", "d"], [3, 3, 1, 0])]
 
 
 def test_the_last_line_with_passages_counts(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    one, two = ({"id": key, "query": key, "passages": None} for key in "12")
-    last = {"3": "x", "0": "y"}
-    rows = [one, two, one | {"passages": GOOD}, one | {"passages": last}, one]
-    path = write_rows(tmp_path / "cache.jsonl", rows)
-    assert load_lists([path]) == [GradedList("1", "1", ["x", "y"], [3, 0])]
-    assert "1 of 2 queries have no passages" in capsys.readouterr().err
+    asked = {"id": "1", "query": "tide", "passages": None}
+    answers = [asked | {"passages": passages} for passages in (GOOD, {"3": "x", "0": "y"})]
+    rows = [asked, asked | {"id": "2"}, *answers, asked]
+    path = write_jsonl(tmp_path / "cache.jsonl", rows)
+    assert load_lists([path]) == [GradedList("1", "tide", ["x", "y"], [3, 0])]
+    assert "1 of 2 queries have no relevant passage" in capsys.readouterr().err
 
 
-def test_a_line_with_the_id_of_another_query_is_left_out(
-    tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_ids_of_several_queries_and_files_stay_unique(tmp_path: Path) -> None:
     rows = [{"id": "1", "query": query, "passages": GOOD} for query in ("a", "another")]
-    path = write_rows(tmp_path / "clash.jsonl", rows)
-    assert [item.query for item in load_lists([path])] == ["a"]
-    assert "clash.jsonl:2" in capsys.readouterr().err
-
-
-def test_ids_of_several_files_stay_unique(tmp_path: Path) -> None:
-    rows = [{"id": "1", "query": "a", "passages": GOOD}]
-    paths = [write_rows(tmp_path / name / "lists.jsonl", rows) for name in "xyz"]
+    paths = [write_jsonl(tmp_path / name / "lists.jsonl", rows[n:]) for n, name in enumerate("xy")]
     ids = ["1", "lists.jsonl:1", "lists.jsonl:lists.jsonl:1"]
     assert [item.id for item in load_lists([*paths, paths[0]])] == ids
 
@@ -220,45 +193,38 @@ def test_ids_of_several_files_stay_unique(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "row, message",
     [
-        ({"passages": GOOD}, "field 'query': bring the collection of 'lists-2' .--queries"),
-        ({"query": "q"}, "field 'passages': expected 2 or more grades, found None"),
-        ({"query": "q", "passages": {"3": ["a", "b"]}}, "'passages': expected 2 or more grades"),
-        ({"query": "q", "passages": ["a", "b"]}, "field 'passages': expected 2 or more grades"),
-        ({"query": "q", "passages": {"3.5": "a"}}, "expected a whole grade .* found '3.5'"),
-        ({"query": "q", "passages": GOOD | {"1": " "}}, "field '1': expected text, found ' '"),
-        ({"query": "q", "passages": GOOD | {"1": []}}, "field '1': expected text, found .."),
+        ({"passages": GOOD}, ", or 'lists-2' in --queries: field 'query': expected text"),
+        ({"query": "q", "passages": {"3": ["a", "b"]}}, ": field 'passages': expected 2 or more g"),
+        ({"query": "q", "passages": ["a", "b"]}, ": field 'passages': expected 2 or more grades"),
+        ({"query": "q", "passages": GOOD | {"3.5": "a"}}, ": .*expected a whole grade: .*'3.5'"),
+        ({"query": "q", "passages": GOOD | {"1": " "}}, ": .*field '1': expected text, found ' '"),
     ],
 )
 def test_bad_lists_are_named(tmp_path: Path, row: dict, message: str) -> None:
-    path = write_rows(tmp_path / "lists.jsonl", [{"query": "q", "passages": GOOD}, row])
-    with pytest.raises(ValueError, match=rf"lists\.jsonl:2: .*{message}"):
+    path = write_jsonl(tmp_path / "lists.jsonl", [{"query": "q", "passages": GOOD}, row])
+    with pytest.raises(ValueError, match=rf"lists\.jsonl:2{message}"):
         load_lists([path])
 
 
-def test_lists_of_a_collection_leave_out_what_is_missing(
+def test_lists_of_a_collection_with_queries_from_elsewhere(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     qrels = "q1\tp3\t2\nq1\tp9\t3\nq1\tp1\t3\nq2\tp2\t0\n"
-    folder = write_collection(tmp_path, "train", qrels=qrels)
-    passages = ["Moon It raises tides.", "No title."]
-    assert load_lists([folder]) == [GradedList("q1", "the tide", passages, [3, 2])]
-    assert "1 of 2 queries have no relevant passage, left out: 'q2'" in capsys.readouterr().err
-
-
-def test_the_released_lists_take_queries_from_elsewhere(tmp_path: Path) -> None:
-    folder = write_collection(tmp_path / "sycl/llama33_70b", "train")
+    folder = write_collection(tmp_path / "sycl/llama33_70b", "train", qrels=qrels)
     (folder / "queries.jsonl").rename(tmp_path / "queries.jsonl")
-    assert [item.query for item in load_lists([folder], tmp_path)] == ["the tide", "Why rust"]
+    passages = ["Moon It raises tides.", "No title."]
+    assert load_lists([folder], tmp_path) == [GradedList("q1", "the tide", passages, [3, 2])]
+    assert "1 of 2 queries have no relevant passage, left out: 'q2'" in capsys.readouterr().err
 
 
 def test_queries_that_do_not_ship_are_checked(tmp_path: Path) -> None:
     sha256 = hashlib.sha256(b"why rust").hexdigest()
     row = {"id": "x", "query_sha256": sha256, "passages": GOOD}
-    path = write_rows(tmp_path / "lists.jsonl", [row])
-    write_rows(tmp_path / "queries.jsonl", [{"_id": "x", "text": "Why  RUST"}])
+    path = write_jsonl(tmp_path / "lists.jsonl", [row])
+    write_jsonl(tmp_path / "queries.jsonl", [{"_id": "x", "text": "Why  RUST"}])
     assert load_lists([path], tmp_path)[0].query == "Why  RUST"
-    write_rows(tmp_path / "queries.jsonl", [{"_id": "x", "text": "the tide"}])
-    with pytest.raises(ValueError, match=r"lists\.jsonl:1: .* 'x' is another query"):
+    write_jsonl(path, [row | {"query_sha256": "another"}])
+    with pytest.raises(ValueError, match=r"lists\.jsonl:1: .* 'x' has another query there"):
         load_lists([path], tmp_path)
 
 
@@ -283,15 +249,6 @@ def test_a_batch_pads_short_lists() -> None:
     assert batch.passages == [*TIDE.passages, *IRON.passages, "", ""]
     assert torch.equal(batch.labels, torch.tensor([[3.0, 2, 1, 0], [1, 0, 0, 0]]))
     assert batch.mask.tolist() == [[True] * 4, [True, True, False, False]]
-
-
-@pytest.mark.parametrize(
-    "call, lists, message",
-    [(as_collection, [TIDE, TIDE], "two lists have the id 'a'"), (collate, [], "at least one")],
-)
-def test_lists_that_make_nothing(call: Callable, lists: list, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        call(lists)
 
 
 def test_no_question_of_wikiqa_ships() -> None:

@@ -5,6 +5,7 @@ import math
 from functools import partial
 
 import numpy as np
+import pandas as pd
 import pytest
 import scipy
 import torch
@@ -68,29 +69,23 @@ def test_golden_values_and_gradients(loss, rows, golden):
     assert found[: len(golden)] == pytest.approx(golden, rel=0, abs=1e-9)
 
 
-def place(j, grades, scores, width):
-    """Where passage j lies: those of its grade lie evenly on `width` below it, best score first."""
-    equals = [i for i, grade in enumerate(grades) if grade == grades[j]]
-    equals.sort(key=lambda i: -scores[i])
-    return grades[j] - width * equals.index(j) / len(equals)
-
-
 def most_work(x, p, t):
     """The largest mean difference of a function that rises by at most 1 a grade: Kantorovich."""
     eye = np.eye(30)
     pairs = (eye[:, None] - eye).reshape(-1, 30)  # times f: all f_i - f_j
-    steepest = np.abs(pairs @ x)
-    return -scipy.optimize.linprog(t - p, A_ub=pairs, b_ub=steepest, bounds=(None, None)).fun
+    return -scipy.optimize.linprog(t - p, pairs, abs(pairs @ x), bounds=(None, None)).fun
 
 
 @pytest.mark.parametrize(("loss", "width"), [(spread, 1), (merged, 0)])
 def test_the_1d_form_is_the_distance_on_the_line(loss, width):
+    """Passages of one grade lie evenly on `width` below it, best score first."""
     torch.manual_seed(0)
     grades = torch.randint(4, (30,)).double()
     scores = torch.randn_like(grades).round()  # some are equal
-    x = [place(j, grades.tolist(), scores.tolist(), width) for j in range(30)]
-    p = scores.softmax(0).numpy()
-    t = grades.softmax(0).numpy()
+    groups = pd.Series(-scores).groupby(grades.numpy())
+    better = groups.rank("first") - 1
+    x = grades.numpy() - width * better / groups.transform("size")
+    p, t = scores.softmax(0).numpy(), grades.softmax(0).numpy()
     found = loss(scores[None], grades[None]).item()
     assert found == pytest.approx(scipy.stats.wasserstein_distance(x, x, p, t))
     assert found == pytest.approx(most_work(x, p, t))
@@ -99,9 +94,7 @@ def test_the_1d_form_is_the_distance_on_the_line(loss, width):
 @every_form
 def test_gradients_are_those_of_finite_differences(loss):
     scores, labels = random_batch(7)
-    assert torch.autograd.gradcheck(
-        partial(loss, labels=labels), scores.requires_grad_(), atol=1e-5
-    )
+    torch.autograd.gradcheck(partial(loss, labels=labels), scores.requires_grad_(), atol=1e-5)
 
 
 few = st.integers(1, 5)
@@ -112,20 +105,12 @@ law = settings(max_examples=25, deadline=None)
 @every_form
 @law
 @given(batches)
-def test_a_shift_of_a_query_s_scores_changes_nothing(loss, batch):
-    scores, labels = batch
-    shifted = scores + 50 * torch.arange(len(scores))[:, None]
-    assert_close(loss(shifted, labels), loss(scores, labels))
-
-
-@every_form
-@law
-@given(batches)
-def test_the_order_of_the_passages_changes_nothing(loss, batch):
+def test_neither_a_shift_of_a_query_s_scores_nor_the_order_changes_anything(loss, batch):
     scores, labels = batch
     if loss is infonce:  # it takes the first of equals
         labels = labels + 0.1 * torch.rand(labels.shape)
-    assert_close(loss(scores.flip(1), labels.flip(1)), loss(scores, labels))
+    shifted = scores + 50 * torch.arange(len(scores))[:, None]
+    assert_close(loss(shifted.flip(1), labels.flip(1)), loss(scores, labels))
 
 
 @pytest.mark.parametrize("loss", [gaussian, kl, merged, spread])
@@ -144,15 +129,9 @@ def test_the_gaussian_form_equals_the_matrix_square_root():
     p, t = torch.randn(2, 40, 6).double().softmax(2)
     s_p, s_t = p.T.cov(), t.T.cov()
     root = scipy.linalg.sqrtm((s_p @ s_t).numpy())
-    shift = (p - t).mean(0)
-    expected = shift @ shift + (s_p + s_t).trace() - 2 * root.trace().real
+    shift = (p - t).mean(0).square().sum()
+    expected = shift + (s_p + s_t).trace() - 2 * root.trace().real
     assert_close(gaussian(p.log(), t.log()), expected, atol=1e-5, rtol=0)
-
-
-def test_the_gaussian_form_of_one_list_is_the_squared_difference():
-    scores, labels = random_batch(5, 1)
-    difference = scores.softmax(1) - labels.softmax(1)
-    assert_close(gaussian(scores, labels), difference.square().sum())
 
 
 def test_the_gaussian_form_does_not_see_whose_passages_a_query_ranks():
@@ -195,9 +174,9 @@ EXTREMES = itertools.product(
 @every_form
 @pytest.mark.parametrize(("dtype", "score", "grade", "rows", "mask"), list(EXTREMES))
 def test_extremes_are_finite(loss, dtype, score, grade, rows, mask):
-    scores, labels = random_batch(2)
-    extreme = score * scores[:rows].to(dtype)
-    value, gradient = measured(loss, extreme, grade * labels[:rows], 0.01, mask=mask)
+    scores, labels = [part[:rows] for part in random_batch(2)]
+    extreme = score * scores.to(dtype)
+    value, gradient = measured(loss, extreme, grade * labels, 0.01, mask=mask)
     assert value.isfinite()
     assert gradient.isfinite().all()
     assert value.dtype == torch.float32
@@ -225,20 +204,17 @@ def test_the_fitted_temperature_is_that_which_made_the_scores(temperature):
 def test_a_temperature_at_the_end_of_the_grid_is_said(capsys):
     _, labels = golden_batch(4)
     fit_temperature(infonce, [(labels, labels)])  # for perfect scores sharper is always better
-    assert "the best, 0.0257, ends the grid" in capsys.readouterr().err
+    assert "an end of the grid" in capsys.readouterr().err
 
 
 Y = torch.eye(4, 12)
 BAD = [
     ("one shape", partial(kl, Y, Y[:3])),
-    ("^temperature: .* 0$", partial(infonce, Y, Y, 0)),
-    ("^label_temperature: .* inf$", partial(gaussian, Y, Y, 1, math.inf)),
-    ("^ties: .* 'even'$", partial(spread, Y, Y, ties="even")),
+    ("label_temperature: .* found 0$", partial(kl, Y, Y, 1, 0)),
+    ("^ties: .* found 'even'$", partial(spread, Y, Y, ties="even")),
     ("^mask: .* without one$", partial(kl, Y, Y, mask=Y[0] > 1)),
-    (r"^mask: .* got \(3, 12\)$", partial(kl, Y, Y, mask=Y[:3])),
-    (r"^labels: .* got shape \(12,\)$", partial(expand_labels, Y[0])),
-    ("one batch", partial(fit_temperature, kl, [])),
-    ("deviation is 0.0", partial(fit_temperature, kl, [(Y - Y, Y)])),
+    ("^labels: ", partial(expand_labels, Y[0])),
+    ("found 0.0$", partial(fit_temperature, kl, [(Y - Y, Y)])),
 ]
 
 
