@@ -30,7 +30,6 @@ from repro.encoder import BiEncoder, set_dropout
 from repro.losses import LOSSES, expand_labels, fit_temperature
 from repro.recipes import combine, real_lists, recipe
 from repro.support.files import (
-    bad,
     check_new_folder,
     new_folder,
     options,
@@ -114,13 +113,14 @@ class TrainConfig:
         self.loss = self.loss.replace("-", "_")
         for name, value in vars(self).items():
             if name in CHOICES and value not in CHOICES[name]:
-                raise bad(name, " or ".join(CHOICES[name]), value)
+                allowed = " or ".join(CHOICES[name])
+                raise ValueError(f"{name}: expected {allowed}, found {value!r}")
             most = AT_MOST.get(name)
             if most and not 0 <= value <= most:
-                raise bad(name, f"a number from 0 to {most}", value)
+                raise ValueError(f"{name}: expected a number from 0 to {most}, found {value!r}")
             above_0 = type(value) in (int, float) and not most
             if above_0 and not 0 < value < math.inf:
-                raise bad(name, "a finite number above 0", value)
+                raise ValueError(f"{name}: expected a finite number above 0, found {value!r}")
         if (self.recipe == "real" or self.negatives) and not self.real:
             raise ValueError("real: expected a collection, for recipe real and for --negatives")
         if self.recipe == "real" and self.lists:

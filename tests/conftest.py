@@ -79,7 +79,7 @@ def save_model(folder: Path, model: torch.nn.Module) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_llama(tmp_path_factory):
     """A folder with a random 4-layer Llama and its tokenizer, 16 dimensions wide."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -95,7 +95,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_bert(tmp_path_factory):
     """A folder with a random 3-layer BERT (dropout 0.1, with a pooler) and the same tokenizer."""
     torch.manual_seed(1)
     config = BertConfig(
@@ -105,7 +105,7 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache(tmp_path, monkeypatch):
     """An empty cache folder for one test."""
     monkeypatch.setenv("SYCL_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"

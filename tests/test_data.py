@@ -47,11 +47,11 @@ def write_collection(folder: Path, split: str = "test", **parts: list | str) -> 
         {"queries": [*QUERIES, {"_id": "q3", "text": "not judged"}]},
     ],
 )
-def test_a_folder_in_the_layout_of_beir(tmp_path: Path, parts: dict) -> None:
+def test_a_folder_in_the_layout_of_beir(tmp_path, parts):
     assert load_beir(write_collection(tmp_path, **parts)) == EXPECTED
 
 
-def test_packed_files(tmp_path: Path) -> None:
+def test_packed_files(tmp_path):
     write_collection(tmp_path)
     for name in ("corpus.jsonl", "queries.jsonl", "qrels/test.tsv"):
         path = (tmp_path / name).rename(tmp_path / f"{name}.gz")
@@ -59,7 +59,7 @@ def test_packed_files(tmp_path: Path) -> None:
     assert load_beir(tmp_path) == EXPECTED
 
 
-def test_judgments_without_scores_have_grade_1(tmp_path: Path) -> None:
+def test_judgments_without_scores_have_grade_1(tmp_path):
     folder = write_collection(tmp_path, qrels="query-id\tcorpus-id\nq1\tp1\nq2\tp2\n")
     assert load_beir(folder)[2] == {"q1": {"p1": 1}, "q2": {"p2": 1}}
 
@@ -67,9 +67,7 @@ def test_judgments_without_scores_have_grade_1(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "place, revision, inner", [("o/set", None, ""), ("o/set@v2/in/it", "v2", "in/it/")]
 )
-def test_a_hub_id_is_a_folder_fetched_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, revision: str | None, inner: str
-) -> None:
+def test_a_hub_id_is_a_folder_fetched_first(tmp_path, monkeypatch, place, revision, inner):
     hub_folder = Mock(return_value=tmp_path)
     monkeypatch.setattr(data, "hub_folder", hub_folder)
     write_collection(tmp_path / inner)
@@ -95,14 +93,12 @@ def test_a_hub_id_is_a_folder_fetched_first(
         ({"queries": [*QUERIES, QUERIES[0] | {"text": "again"}]}, "queries.jsonl:3"),
     ],
 )
-def test_what_is_left_out_is_counted(
-    tmp_path: Path, capsys: pytest.CaptureFixture, parts: dict, message: str
-) -> None:
+def test_what_is_left_out_is_counted(tmp_path, capsys, parts, message):
     assert load_beir(write_collection(tmp_path, **parts))[:2] == EXPECTED[:2]
     assert message in capsys.readouterr().err
 
 
-def test_a_judged_passage_outside_the_corpus_stays_judged(tmp_path: Path) -> None:
+def test_a_judged_passage_outside_the_corpus_stays_judged(tmp_path):
     folder = write_collection(tmp_path, qrels=QRELS + "q2\tp9\t2\n")
     assert load_beir(folder)[2]["q2"] == {"p2": 1, "p9": 2}
 
@@ -122,17 +118,17 @@ def test_a_judged_passage_outside_the_corpus_stays_judged(tmp_path: Path) -> Non
         ("queries", '{"_id": " ", "text": "a"}', ":1: field '_id': expected text, found ' '"),
     ],
 )
-def test_bad_rows_are_named(tmp_path: Path, part: str, content: str, message: str) -> None:
+def test_bad_rows_are_named(tmp_path, part, content, message):
     with pytest.raises(ValueError, match=message):
         load_beir(write_collection(tmp_path, **{part: content}))
 
 
-def test_whole_grades() -> None:
+def test_whole_grades():
     assert [as_grade(text, "x:1") for text in ("3", "3.0", "0", "-1")] == [3, 3, 0, 0]
 
 
 @pytest.mark.parametrize("text", ["1.5", "³", "- 1", ""])
-def test_other_grades_are_refused(text: str) -> None:
+def test_other_grades_are_refused(text):
     with pytest.raises(ValueError, match="x:1: expected a whole grade: .*"):
         as_grade(text, "x:1")
 
@@ -148,7 +144,7 @@ def test_other_grades_are_refused(text: str) -> None:
         ("mteb/scifact", "test", "mteb/scifact: the hub did not deliver"),
     ],
 )
-def test_what_is_not_there_is_named(place: str, split: str, message: str) -> None:
+def test_what_is_not_there_is_named(place, split, message):
     with pytest.raises(ValueError, match=message):
         load_beir(place, split)
 
@@ -161,20 +157,20 @@ def test_what_is_not_there_is_named(place: str, split: str, message: str) -> Non
         ("latin.jsonl", b'{}\n{"_id": "\xff"}', "2: expected UTF-8 text: .*0xff"),
     ],
 )
-def test_damaged_files_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+def test_damaged_files_are_named(tmp_path, name, content, message):
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(ValueError, match=f"{name}: ?{message}"):
         list(data.read_jsonl(path))
 
 
-def test_lists_have_their_best_passages_first(tmp_path: Path) -> None:
+def test_lists_have_their_best_passages_first(tmp_path):
     row = {"query": "tide", "passages": {"1": "c", "3": ["b", "a "], "0": "d"}}
     path = write_jsonl(tmp_path / "plain.jsonl", [row])
     assert load_lists(path) == [GradedList("plain-1", "tide", ["b", "a", "c", "d"], [3, 3, 1, 0])]
 
 
-def test_the_last_line_with_passages_counts(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_the_last_line_with_passages_counts(tmp_path, capsys):
     asked = {"id": "1", "query": "tide", "passages": None}
     answers = [asked | {"passages": passages} for passages in (GOOD, {"3": "x", "0": "y"})]
     rows = [asked, asked | {"id": "2"}, *answers, asked]
@@ -183,7 +179,7 @@ def test_the_last_line_with_passages_counts(tmp_path: Path, capsys: pytest.Captu
     assert "1 of 2 queries have no relevant passage" in capsys.readouterr().err
 
 
-def test_ids_of_several_queries_and_files_stay_unique(tmp_path: Path) -> None:
+def test_ids_of_several_queries_and_files_stay_unique(tmp_path):
     rows = [{"id": "1", "query": query, "passages": GOOD} for query in ("a", "another")]
     paths = [write_jsonl(tmp_path / name / "lists.jsonl", rows[n:]) for n, name in enumerate("xy")]
     ids = ["1", "lists.jsonl:1", "lists.jsonl:lists.jsonl:1"]
@@ -200,15 +196,13 @@ def test_ids_of_several_queries_and_files_stay_unique(tmp_path: Path) -> None:
         ({"query": "q", "passages": GOOD | {"1": " "}}, ": .*field '1': expected text, found ' '"),
     ],
 )
-def test_bad_lists_are_named(tmp_path: Path, row: dict, message: str) -> None:
+def test_bad_lists_are_named(tmp_path, row, message):
     path = write_jsonl(tmp_path / "lists.jsonl", [{"query": "q", "passages": GOOD}, row])
     with pytest.raises(ValueError, match=rf"lists\.jsonl:2{message}"):
         load_lists([path])
 
 
-def test_lists_of_a_collection_with_queries_from_elsewhere(
-    tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_lists_of_a_collection_with_queries_from_elsewhere(tmp_path, capsys):
     qrels = "q1\tp3\t2\nq1\tp9\t3\nq1\tp1\t3\nq2\tp2\t0\n"
     folder = write_collection(tmp_path / "sycl/llama33_70b", "train", qrels=qrels)
     (folder / "queries.jsonl").rename(tmp_path / "queries.jsonl")
@@ -217,7 +211,7 @@ def test_lists_of_a_collection_with_queries_from_elsewhere(
     assert "1 of 2 queries have no relevant passage, left out: 'q2'" in capsys.readouterr().err
 
 
-def test_queries_that_do_not_ship_are_checked(tmp_path: Path) -> None:
+def test_queries_that_do_not_ship_are_checked(tmp_path):
     sha256 = hashlib.sha256(b"why rust").hexdigest()
     row = {"id": "x", "query_sha256": sha256, "passages": GOOD}
     path = write_jsonl(tmp_path / "lists.jsonl", [row])
@@ -228,14 +222,14 @@ def test_queries_that_do_not_ship_are_checked(tmp_path: Path) -> None:
         load_lists([path], tmp_path)
 
 
-def test_the_split_is_the_one_of_all_runs() -> None:
+def test_the_split_is_the_one_of_all_runs():
     lists = [GradedList(str(n), "q", ["x"], [1]) for n in range(50)]
     rest, held = data.split_lists(lists, 0.1, seed=3)
     assert [item.id for item in held] == ["8", "15", "23", "34", "37"]
     assert rest == [item for item in lists if item not in held]
 
 
-def test_lists_as_a_collection() -> None:
+def test_lists_as_a_collection():
     corpus, queries, qrels = as_collection([TIDE, IRON])
     assert queries == {"a": "tide", "b": "Rust "}
     assert list(corpus) == ["a-0", "a-1", "a-2", "a-3", "b-0", "b-1"]
@@ -243,7 +237,7 @@ def test_lists_as_a_collection() -> None:
     assert qrels["b"] == {"b-0": 1, "b-1": 0}
 
 
-def test_a_batch_pads_short_lists() -> None:
+def test_a_batch_pads_short_lists():
     batch = collate([TIDE, IRON])
     assert batch.queries == ["tide", "Rust "]
     assert batch.passages == [*TIDE.passages, *IRON.passages, "", ""]
@@ -251,6 +245,6 @@ def test_a_batch_pads_short_lists() -> None:
     assert batch.mask.tolist() == [[True] * 4, [True, True, False, False]]
 
 
-def test_no_question_of_wikiqa_ships() -> None:
+def test_no_question_of_wikiqa_ships():
     rows = data.read_jsonl(data.AUTHORED.with_name("wikiqa-graded.jsonl"))
     assert not [where for where, row in rows if "query" in row]

@@ -34,7 +34,7 @@ def assert_close(a: torch.Tensor, b: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_vectors_follow_the_formula_one_text_at_a_time(kind, request) -> None:
+def test_vectors_follow_the_formula_one_text_at_a_time(kind, request):
     folder = request.getfixturevalue(kind)
     encoder = weighted(folder)
     model = AutoModel.from_pretrained(folder).eval()
@@ -50,26 +50,26 @@ def test_vectors_follow_the_formula_one_text_at_a_time(kind, request) -> None:
 
 
 @pytest.mark.parametrize("texts", [[], ["", " "]])
-def test_every_text_has_a_finite_vector(texts: list[str], tiny_bert: Path) -> None:
+def test_every_text_has_a_finite_vector(texts, tiny_bert):
     vectors = weighted(tiny_bert).encode(texts)
     assert vectors.shape == (len(texts), 16)
     assert vectors.isfinite().all()
 
 
 @pytest.mark.parametrize(("texts", "kind"), [("tea", "query"), (TEXTS, "document")])
-def test_other_texts_and_kinds_are_refused(texts, kind, tiny_bert: Path) -> None:
+def test_other_texts_and_kinds_are_refused(texts, kind, tiny_bert):
     with pytest.raises(ValueError, match="expected a list of texts of kind query or passage"):
         weighted(tiny_bert).encode(texts, kind)
 
 
-def test_encoding_has_no_dropout_and_keeps_the_mode(tiny_bert: Path) -> None:
+def test_encoding_has_no_dropout_and_keeps_the_mode(tiny_bert):
     encoder = weighted(tiny_bert).train()
     in_training = encoder.encode(TEXTS)
     assert encoder.training
     assert_close(in_training, encoder.eval().encode(TEXTS))
 
 
-def test_gradient_caching_gives_the_same_gradients(tiny_bert: Path) -> None:
+def test_gradient_caching_gives_the_same_gradients(tiny_bert):
     encoder = weighted(tiny_bert).eval()
     found = []
     for chunk in (None, 2):
@@ -79,7 +79,7 @@ def test_gradient_caching_gives_the_same_gradients(tiny_bert: Path) -> None:
     torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=1e-5)
 
 
-def test_with_a_linear_map_only_the_map_trains(tiny_bert: Path) -> None:
+def test_with_a_linear_map_only_the_map_trains(tiny_bert):
     plain = BiEncoder.load(tiny_bert, "cpu")
     encoder = BiEncoder(plain.model, plain.tokenizer, projection=torch.eye(16))
     wanted = [p for p in encoder.parameters() if p.requires_grad]
@@ -88,7 +88,7 @@ def test_with_a_linear_map_only_the_map_trains(tiny_bert: Path) -> None:
 
 @pytest.mark.parametrize("p", [0.0, 0.5])
 @pytest.mark.parametrize("kind", KINDS)
-def test_training_drops_what_is_asked_for(kind: str, p: float, request) -> None:
+def test_training_drops_what_is_asked_for(kind, p, request):
     encoder = BiEncoder.load(request.getfixturevalue(kind), "cpu").train()
     set_dropout(encoder.model, p)
     in_training = encoder.embed(TEXTS, "query")
@@ -96,7 +96,7 @@ def test_training_drops_what_is_asked_for(kind: str, p: float, request) -> None:
     assert same == (p == 0)
 
 
-def test_dropout_is_written_into_the_config(tiny_bert: Path) -> None:
+def test_dropout_is_written_into_the_config(tiny_bert):
     model = BiEncoder.load(tiny_bert, "cpu").model
     set_dropout(model, 0.25)
     assert model.config.hidden_dropout_prob == 0.25
@@ -117,18 +117,18 @@ def built(kind: str, **options: int) -> PreTrainedModel:
         (built("t5").encoder, int(1e30), None),
     ],
 )
-def test_the_limit_is_what_the_model_can_take(model, asked, limit) -> None:
+def test_the_limit_is_what_the_model_can_take(model, asked, limit):
     assert text_limit(model, asked) == limit
     model.eval()(input_ids=torch.full((1, limit or 600), 5))
 
 
-def test_a_longer_text_than_the_positions_is_cut_on_loading(tmp_path: Path) -> None:
+def test_a_longer_text_than_the_positions_is_cut_on_loading(tmp_path):
     model = built("roberta", max_position_embeddings=34)
     encoder = BiEncoder.load(save_model(tmp_path / "roberta", model), "cpu")
     assert encoder.encode(["bread " * 100]).isfinite().all()
 
 
-def test_no_limit_cuts_nothing(tiny_llama: Path) -> None:
+def test_no_limit_cuts_nothing(tiny_llama):
     encoder = BiEncoder.load(tiny_llama, "cpu")
     encoder.max_length = None
     long, longer = encoder.encode(["tea " * 999, "tea " * 999 + "sky"])
@@ -149,7 +149,7 @@ def count_runs(encoder: BiEncoder) -> list[int]:
     return runs
 
 
-def test_a_text_goes_through_a_frozen_transformer_once(tiny_llama, cache, monkeypatch) -> None:
+def test_a_text_goes_through_a_frozen_transformer_once(tiny_llama, cache, monkeypatch):
     forget(monkeypatch)
     encoder = weighted(tiny_llama, mapped=True)
     runs = count_runs(encoder)
@@ -159,7 +159,7 @@ def test_a_text_goes_through_a_frozen_transformer_once(tiny_llama, cache, monkey
     assert len(runs) == 4  # one text, then blocks of 2, 2 and 1
 
 
-def test_the_next_process_reads_whole_blocks(tiny_llama, cache, monkeypatch) -> None:
+def test_the_next_process_reads_whole_blocks(tiny_llama, cache, monkeypatch):
     forget(monkeypatch)
     computed = weighted(tiny_llama, mapped=True).encode(TEXTS)
     forget(monkeypatch)
@@ -197,7 +197,7 @@ EDITS = {
 
 
 @pytest.mark.parametrize("name", EDITS)
-def test_other_settings_do_not_get_kept_vectors(name, tiny_llama, cache, monkeypatch) -> None:
+def test_other_settings_do_not_get_kept_vectors(name, tiny_llama, cache, monkeypatch):
     forget(monkeypatch)
     kept = weighted(tiny_llama, mapped=True).mean_vectors(TEXTS, "passage")
     computed, looked_up = weighted(tiny_llama), weighted(tiny_llama, mapped=True)

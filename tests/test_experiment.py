@@ -29,7 +29,7 @@ def queries(value: float, count: int = 30) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("below, above, label", arms.LADDER)
-def test_a_rung_changes_one_thing(below: str, above: str, label: str) -> None:
+def test_a_rung_changes_one_thing(below, above, label):
     first = asdict(arms.BY_NAME[below])
     second = asdict(arms.BY_NAME[above])
     changed = [name for name in CHANGES if first[name] != second[name]]
@@ -37,7 +37,7 @@ def test_a_rung_changes_one_thing(below: str, above: str, label: str) -> None:
 
 
 @pytest.mark.parametrize("group, field", report.AXES.items())
-def test_an_ablation_changes_its_field_alone(group: str, field: str) -> None:
+def test_an_ablation_changes_its_field_alone(group, field):
     for arm in arms.ABLATIONS[group]:
         main = asdict(arms.BY_NAME[arm.tuned_as])
         changed = [name for name in CHANGES if asdict(arm)[name] != main[name]]
@@ -62,7 +62,7 @@ def write_wikiqa(folder: Path, count: int = 8) -> Path:
 
 
 @pytest.fixture
-def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> arms.Sources:
+def sources(tmp_path, monkeypatch):
     """The kit's own lists beside a small WikiQA, half of whose questions have graded lists."""
     graded = tmp_path / "wikiqa-graded.jsonl"
     passages = '"passages": {"3": "a", "2": "b", "1": "c", "0": "d"}'
@@ -73,13 +73,13 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> arms.Sources:
     return arms.load_sources(write_wikiqa(tmp_path / "wikiqa"), seeds=2)
 
 
-def test_development_questions_are_not_trained_on(sources: arms.Sources) -> None:
+def test_development_questions_are_not_trained_on(sources):
     development = set(sources.development[1][2])
     trained = {item.id for lists in sources.real.values() for item in lists}
     assert not development & trained
 
 
-def test_held_out_lists_are_not_trained_on(sources: arms.Sources) -> None:
+def test_held_out_lists_are_not_trained_on(sources):
     assert not set(sources.development[0][1]) & {item.id for item in sources.authored}
 
 
@@ -93,11 +93,11 @@ def test_held_out_lists_are_not_trained_on(sources: arms.Sources) -> None:
         ("1-D W, synthetic + real", [3, 2, 1, 0, 3, 1, 1]),
     ],
 )
-def test_the_lists_of_an_arm(sources: arms.Sources, name: str, grades: list[int]) -> None:
+def test_the_lists_of_an_arm(sources, name, grades):
     assert arms.arm_lists(arms.BY_NAME[name], sources, seed=1)[0].grades == grades
 
 
-def test_an_ablation_takes_so_many_queries(sources: arms.Sources) -> None:
+def test_an_ablation_takes_so_many_queries(sources):
     lists = arms.arm_lists(arms.ABLATIONS["queries"][0], sources, seed=0)
     assert len(lists) == 100
 
@@ -111,12 +111,12 @@ def test_an_ablation_takes_so_many_queries(sources: arms.Sources) -> None:
         (0.001, -0.02, 0.02, 0.2, "undecided"),
     ],
 )
-def test_the_rule(difference: float, low: float, high: float, p: float, expected: str) -> None:
+def test_the_rule(difference, low, high, p, expected):
     found = Comparison(difference, low, high, p, 10)
     assert claims.verdict(found, p) == expected
 
 
-def test_seeds_are_averaged_query_by_query() -> None:
+def test_seeds_are_averaged_query_by_query():
     first = rows_of("KL", "0", queries(0.4))
     second = rows_of("KL", "1", queries(0.6))
     start = rows_of("start", "", queries(0.3))
@@ -125,7 +125,7 @@ def test_seeds_are_averaged_query_by_query() -> None:
     assert found["npl"] == pytest.approx(dict.fromkeys(queries(0), 0.2))
 
 
-def test_runs_of_different_queries_are_refused() -> None:
+def test_runs_of_different_queries_are_refused():
     trained = rows_of("KL", "0", queries(0.4))
     start = rows_of("start", "", queries(0.3, count=29))
     runs = pd.concat([trained, start])
@@ -133,12 +133,12 @@ def test_runs_of_different_queries_are_refused() -> None:
         claims.differences(runs, "base", "KL", "start")
 
 
-def test_an_arm_that_was_not_run_is_not_judged() -> None:
+def test_an_arm_that_was_not_run_is_not_judged():
     rows = claims.judge(rows_of("KL", "0", queries(0.4)), "base", "1-D W")
     assert {row.verdict for row in rows} == {"not measured"}
 
 
-def test_robustness_is_judged_on_shifted_collections() -> None:
+def test_robustness_is_judged_on_shifted_collections():
     names = {claim[0]: claim[3] for claim in claims.claims_of("1-D W")}
     assert names["C3"] == ("cranfield", "scifact", "npl", "csfcube")
 
@@ -147,7 +147,7 @@ def record(arm: str, seed: int | None) -> dict[str, Any]:
     return {"start": "base", "arm": arm, "seed": seed}
 
 
-def test_records_in_any_order_give_the_same_bytes(tmp_path: Path) -> None:
+def test_records_in_any_order_give_the_same_bytes(tmp_path):
     orders = {"a": (0, 1, 2), "b": (2, 0, 1)}
     for folder, seeds in orders.items():
         for seed in seeds:
@@ -157,14 +157,14 @@ def test_records_in_any_order_give_the_same_bytes(tmp_path: Path) -> None:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
-def test_records_read_back(tmp_path: Path) -> None:
+def test_records_read_back(tmp_path):
     claims.add_run(tmp_path, record("start", None), {"npl": {"001": 0.25, "2": 0.5}})
     rows = claims.read_runs(tmp_path).values.tolist()
     expected = [["base", "start", "", "npl", "001", 0.25], ["base", "start", "", "npl", "2", 0.5]]
     assert rows == expected
 
 
-def test_rows_of_a_run_without_a_record_are_replaced(tmp_path: Path) -> None:
+def test_rows_of_a_run_without_a_record_are_replaced(tmp_path):
     for value in (0.25, 0.5):
         claims.add_run(tmp_path, record("KL", 0), {"npl": {"q": value}})
         (tmp_path / "runs.jsonl").unlink()  # as if a kill had come between the two files
@@ -172,7 +172,7 @@ def test_rows_of_a_run_without_a_record_are_replaced(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def study(tiny_bert: Path, tmp_path: Path) -> run.Study:
+def study(tiny_bert, tmp_path):
     lists = graded_lists()
     development = [as_collection(lists)]
     sources = arms.Sources(lists, lists, {0: lists}, development)
@@ -181,21 +181,21 @@ def study(tiny_bert: Path, tmp_path: Path) -> run.Study:
     return run.Study("all-minilm-l6-v2", encoder, sources, place, tmp_path / "records")
 
 
-def test_a_run_is_recorded_once(study: run.Study, capsys: pytest.CaptureFixture) -> None:
+def test_a_run_is_recorded_once(study, capsys):
     job = (arms.BY_NAME["KL"], 0)
     for _ in range(2):
         run.do(study, job, {"tiny": as_collection(graded_lists())})
     assert capsys.readouterr().out.count("KL 0") == 1
 
 
-def test_an_arm_and_seed_give_the_same_numbers_again(study: run.Study) -> None:
+def test_an_arm_and_seed_give_the_same_numbers_again(study):
     arm = arms.BY_NAME["Gaussian W2"]
     first = run.trained(study, arm, 1e-3, seed=1)[1]
     second = run.trained(study, arm, 1e-3, seed=1)[1]
     assert first | {"minutes": 0} == second | {"minutes": 0}
 
 
-def test_the_multiple_is_of_the_fitted_temperature(study: run.Study) -> None:
+def test_the_multiple_is_of_the_fitted_temperature(study):
     ablation = arms.ABLATIONS["temperature"][9]
     fitted = run.trained(study, arms.BY_NAME[ablation.tuned_as], 1e-3, seed=0)[1]
     other = run.trained(study, ablation, 1e-3, seed=0)[1]
@@ -211,9 +211,7 @@ def test_the_multiple_is_of_the_fitted_temperature(study: run.Study) -> None:
         ({0.0005: 0.2, 0.001: 0.9, 0.002: 0.3, 0.004: 0.3}, 0.001),
     ],
 )
-def test_tuning_tries_beyond_an_edge(
-    study: run.Study, monkeypatch: pytest.MonkeyPatch, values: dict[float, float], expected: float
-) -> None:
+def test_tuning_tries_beyond_an_edge(study, monkeypatch, values, expected):
     start = arms.Start(rates=(0.001, 0.002, 0.004), seeds=1, steps=1)
     monkeypatch.setitem(arms.STARTS, study.start, start)
     monkeypatch.setattr(run, "trained", lambda study, arm, rate, seed: (rate, {}))
@@ -221,18 +219,18 @@ def test_tuning_tries_beyond_an_edge(
     assert run.tune(study, arms.BY_NAME["KL"]) == expected
 
 
-def test_a_missing_collection_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_missing_collection_is_refused(tmp_path, capsys):
     assert run.main(["--data", str(tmp_path)]) == 2
     assert "expected a BEIR folder 'dl19-pool'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option, name", [("--arm", "InfoNC"), ("--start", "bass")])
-def test_a_typo_is_refused(option: str, name: str, tmp_path: Path) -> None:
+def test_a_typo_is_refused(option, name, tmp_path):
     with pytest.raises(SystemExit):
         run.main(["--data", str(tmp_path), option, name])
 
 
-def test_the_means_of_the_records_are_those_of_their_rows() -> None:
+def test_the_means_of_the_records_are_those_of_their_rows():
     rows = claims.read_runs(claims.RESULTS)
     found = rows.groupby([*claims.KEY, "collection"])[claims.SCORE].mean()
     for record in claims.read_records(claims.RESULTS):
@@ -241,7 +239,7 @@ def test_the_means_of_the_records_are_those_of_their_rows() -> None:
             assert mean == pytest.approx(one["metrics"]["ndcg@10"], abs=2e-5)
 
 
-def test_the_page_is_what_the_records_give() -> None:
+def test_the_page_is_what_the_records_give():
     folder = claims.RESULTS
     runs = claims.read_runs(folder)
     records = claims.read_records(folder)
@@ -250,23 +248,23 @@ def test_the_page_is_what_the_records_give() -> None:
     assert report.page(runs, records, tuning) == text
 
 
-def test_readme_shows_the_verdicts_of_the_records() -> None:
+def test_readme_shows_the_verdicts_of_the_records():
     text = report.README.read_text(encoding="utf-8")
     assert report.summary(claims.read_runs(claims.RESULTS)) in text
 
 
 @pytest.mark.parametrize("family, held", [("Gaussian W2", []), ("1-D W", ["C2", "C5"])])
-def test_readme_names_the_claims_that_hold(family: str, held: list[str]) -> None:
+def test_readme_names_the_claims_that_hold(family, held):
     rows = claims.judge(claims.read_runs(claims.RESULTS), "base", family)
     assert [row.label for row in rows if row.verdict == "holds"] == held
 
 
-def test_readme_names_the_one_rung_with_a_small_p() -> None:
+def test_readme_names_the_one_rung_with_a_small_p():
     rungs = claims.ladder(claims.read_runs(claims.RESULTS), "base")
     assert [rung.label for rung in rungs if rung.p <= claims.LEVEL] == ["levels"]
 
 
-def test_readme_says_that_bm25_is_above_every_arm() -> None:
+def test_readme_says_that_bm25_is_above_every_arm():
     means = report.arm_means(claims.read_runs(claims.RESULTS), "base")
     levels = {name: found.mean(axis=None) for name, found in means.items()}
     assert max(levels, key=levels.get) == "BM25"

@@ -32,7 +32,7 @@ def assert_close(ours: torch.Tensor, theirs: object) -> None:
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
-def test_a_saved_folder_gives_the_same_vectors_there_and_here(pooling, tiny_bert, tmp_path) -> None:
+def test_a_saved_folder_gives_the_same_vectors_there_and_here(pooling, tiny_bert, tmp_path):
     ours = BiEncoder.load(tiny_bert, "cpu")
     ours.prompts = {"query": "why ", "passage": "the "}
     ours.max_length = 5
@@ -65,9 +65,7 @@ def linear() -> Dense:
 @pytest.mark.parametrize("similarity", ["cosine", "dot", None])
 @pytest.mark.parametrize("end", [[linear()], [Normalize()]])
 @pytest.mark.parametrize("mode", ["mean", "cls"])
-def test_their_folders_give_the_same_vectors_here(
-    similarity, end, mode, tiny_bert, tmp_path
-) -> None:
+def test_their_folders_give_the_same_vectors_here(similarity, end, mode, tiny_bert, tmp_path):
     modules = [Transformer(str(tiny_bert), max_seq_length=6), Pooling(16, mode), *end]
     theirs = saved(tmp_path / "theirs", modules, prompts={"query": "why ", "document": "the "})
     edit(tmp_path / "theirs", SETTINGS, "similarity_fn_name", similarity)
@@ -77,14 +75,14 @@ def test_their_folders_give_the_same_vectors_here(
     assert_close(encoder.encode(TEXTS), theirs.encode_document(TEXTS, **options))
 
 
-def test_weights_of_words_may_be_lower_cased_or_the_default() -> None:
+def test_weights_of_words_may_be_lower_cased_or_the_default():
     config = {"vocab": ["Moon", "the", "tea"], "unknown_word_weight": 2.0}
     config["word_weights"] = {"moon": 3.0, "the": 0.5}
     assert read_word_weights(config).tolist() == [3.0, 0.5, 2.0]
 
 
 @pytest.fixture
-def folder(tiny_bert: Path, tmp_path: Path) -> Path:
+def folder(tiny_bert, tmp_path):
     """A folder that can be read: Transformer, Pooling, Dense, Normalize."""
     saved(tmp_path / "folder", [Transformer(str(tiny_bert)), Pooling(16), linear(), Normalize()])
     return tmp_path / "folder"
@@ -116,19 +114,19 @@ def edit(folder: Path, file: str, field: str, value: object, row: int = 0) -> No
         (NORMALIZE, "module_input_name", "token_embeddings"),
     ],
 )
-def test_fields_that_change_vectors_or_scores_are_refused(folder, file, field, value) -> None:
+def test_fields_that_change_vectors_or_scores_are_refused(folder, file, field, value):
     edit(folder, file, field, value)
     with pytest.raises(ValueError, match=f"{file}: this kit does not have {field}"):
         BiEncoder.load(folder)
 
 
-def test_the_yes_and_no_of_older_poolings_are_read(folder: Path) -> None:
+def test_the_yes_and_no_of_older_poolings_are_read(folder):
     config = {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}
     (folder / POOLING).write_text(json.dumps(config))
     assert BiEncoder.load(folder, "cpu").pooling == "cls"
 
 
-def test_a_transformer_may_lie_in_a_folder_of_its_own(folder: Path, tiny_bert: Path) -> None:
+def test_a_transformer_may_lie_in_a_folder_of_its_own(folder, tiny_bert):
     expected = BiEncoder.load(folder, "cpu").encode(TEXTS)
     shutil.copytree(tiny_bert, folder / "0_Transformer")
     (folder / "model.safetensors").unlink()
@@ -137,7 +135,7 @@ def test_a_transformer_may_lie_in_a_folder_of_its_own(folder: Path, tiny_bert: P
 
 
 @pytest.mark.parametrize("place", ["models", "models.Pooling", "base.modules.pooling"])
-def test_old_and_new_places_of_modules_are_read(folder: Path, place: str) -> None:
+def test_old_and_new_places_of_modules_are_read(folder, place):
     edit(folder, "modules.json", "type", f"sentence_transformers.{place}.Pooling", row=1)
     assert BiEncoder.load(folder, "cpu").pooling == "mean"
 
@@ -152,7 +150,7 @@ def test_old_and_new_places_of_modules_are_read(folder: Path, place: str) -> Non
         ("path", "/etc"),
     ],
 )
-def test_modules_from_elsewhere_are_refused(folder, field, value) -> None:
+def test_modules_from_elsewhere_are_refused(folder, field, value):
     edit(folder, "modules.json", field, value, row=1)
     with pytest.raises(ValueError, match=f"this kit has no module .*{value}"):
         BiEncoder.load(folder)
@@ -167,26 +165,26 @@ def test_modules_from_elsewhere_are_refused(folder, field, value) -> None:
         ([Pooling(16), Dense(16, 16, activation_function=None)], "expected a Dense that"),
     ],
 )
-def test_other_chains_of_modules_are_refused(modules, message, tiny_bert, tmp_path) -> None:
+def test_other_chains_of_modules_are_refused(modules, message, tiny_bert, tmp_path):
     saved(tmp_path / "other", [Transformer(str(tiny_bert)), *modules])
     with pytest.raises(ValueError, match=message):
         BiEncoder.load(tmp_path / "other")
 
 
-def test_pickled_weights_are_not_read(folder: Path) -> None:
+def test_pickled_weights_are_not_read(folder):
     (folder / "2_Dense/model.safetensors").rename(folder / "2_Dense/pytorch_model.bin")
     with pytest.raises(ValueError, match="No such file or directory: .*model.safetensors"):
         BiEncoder.load(folder)
 
 
-def test_damaged_files_are_named(folder: Path) -> None:
+def test_damaged_files_are_named(folder):
     (folder / POOLING).write_text("{")
     with pytest.raises(ValueError, match=f"{POOLING}: expected JSON"):
         BiEncoder.load(folder)
 
 
 @pytest.mark.parametrize("kind", [CrossEncoder, SparseEncoder])
-def test_their_other_kinds_of_model_are_named(kind: type, tiny_bert: Path, tmp_path: Path) -> None:
+def test_their_other_kinds_of_model_are_named(kind, tiny_bert, tmp_path):
     kind(str(tiny_bert), device="cpu").save(str(tmp_path / "other"))
     with pytest.raises(ValueError, match=f"this kit does not have .*model_type {kind.__name__}"):
         BiEncoder.load(tmp_path / "other")
@@ -197,14 +195,14 @@ T5 = T5Config(vocab_size=9, num_layers=1)
 
 
 @pytest.mark.parametrize("model", [BertForTokenClassification(BERT), T5Model(T5)])
-def test_plain_checkpoints_of_another_kind_are_named(model: torch.nn.Module, tmp_path) -> None:
+def test_plain_checkpoints_of_another_kind_are_named(model, tmp_path):
     folder = save_model(tmp_path / "other", model)
     with pytest.raises(ValueError, match=f"is a {type(model).__name__}, expected a text encoder"):
         BiEncoder.load(folder)
 
 
 @pytest.mark.parametrize("kind", ["BertForMaskedLM", "Contriever"])
-def test_a_plain_checkpoint_is_mean_pooled_without_normalising(kind: str, tmp_path: Path) -> None:
+def test_a_plain_checkpoint_is_mean_pooled_without_normalising(kind, tmp_path):
     folder = save_model(tmp_path / "plain", BertForMaskedLM(BERT))
     edit(folder, "config.json", "architectures", [kind])
     encoder = BiEncoder.load(folder, "cpu")
@@ -221,8 +219,6 @@ def test_a_plain_checkpoint_is_mean_pooled_without_normalising(kind: str, tmp_pa
         ({"any": "a ", "query": ""}, "any", "", "a "),
     ],
 )
-def test_prompts_are_those_of_encode_query_and_encode_document(
-    named, default, query, passage
-) -> None:
+def test_prompts_are_those_of_encode_query_and_encode_document(named, default, query, passage):
     found = read_prompts({"prompts": named, "default_prompt_name": default})
     assert found == {"query": query, "passage": passage}

@@ -30,7 +30,7 @@ def outputs(page: str) -> list[dict[str, Any]]:
 
 
 @pytest.fixture
-def lesson(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def lesson(monkeypatch):
     """The names that an exercise may use."""
     monkeypatch.chdir(ROOT)
     names: dict[str, Any] = {}
@@ -40,23 +40,23 @@ def lesson(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_a_page_is_committed_in_the_order_in_which_it_ran(page: str) -> None:
+def test_a_page_is_committed_in_the_order_in_which_it_ran(page):
     counts = [cell["execution_count"] for cell in code(page)]
     assert counts == list(range(1, len(counts) + 1))
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_a_page_ran_without_an_error(page: str) -> None:
+def test_a_page_ran_without_an_error(page):
     assert "error" not in {output["output_type"] for output in outputs(page)}
 
 
 @pytest.mark.parametrize("page", PAGES)
 @pytest.mark.parametrize("pattern", ["widget", r"/(root|home|tmp|work|Users)/"])
-def test_no_output_needs_a_widget_or_names_a_folder_of_the_machine(page: str, pattern: str) -> None:
+def test_no_output_needs_a_widget_or_names_a_folder_of_the_machine(page, pattern):
     assert re.findall(pattern, json.dumps(outputs(page))) == []
 
 
-def test_every_figure_is_described_in_words_below_it() -> None:
+def test_every_figure_is_described_in_words_below_it():
     for picture, words in pairwise(outputs("reproduce.ipynb")):
         if "image/png" in picture.get("data", {}):
             description = picture["metadata"]["image/png"]["alt"]
@@ -64,20 +64,20 @@ def test_every_figure_is_described_in_words_below_it() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_no_line_of_code_is_cut_on_a_narrow_page(page: str) -> None:
+def test_no_line_of_code_is_cut_on_a_narrow_page(page):
     for cell in code(page):
         assert [line for line in cell["source"].splitlines() if len(line) > 84] == []
 
 
 @pytest.mark.parametrize("tag", EXERCISES)
-def test_an_exercise_is_open_until_it_is_solved(lesson: dict, tag: str) -> None:
+def test_an_exercise_is_open_until_it_is_solved(lesson, tag):
     (cell,) = code("reproduce.ipynb", tag)
     exec(cell["source"], lesson)
     assert lesson["solved"] == {int(tag[-1]): False}
 
 
 @pytest.mark.parametrize("tag", EXERCISES)
-def test_a_solution_passes_the_check_of_its_exercise(lesson: dict, tag: str) -> None:
+def test_a_solution_passes_the_check_of_its_exercise(lesson, tag):
     (task,) = code("reproduce.ipynb", tag)
     (solution,) = code("tests/solutions.ipynb", tag)
     exec(solution["source"], lesson)
@@ -85,7 +85,7 @@ def test_a_solution_passes_the_check_of_its_exercise(lesson: dict, tag: str) -> 
     assert solution["source"].split("@exercise")[1] == task["source"].split("@exercise")[1]
 
 
-def test_the_lesson_says_what_the_records_say(lesson: dict, capsys: pytest.CaptureFixture) -> None:
+def test_the_lesson_says_what_the_records_say(lesson, capsys):
     for cell in code("reproduce.ipynb", "records"):
         exec(cell["source"], lesson)
     printed = re.findall("NOT SO|as the records say", capsys.readouterr().out)

