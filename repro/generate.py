@@ -4,40 +4,71 @@ A reply's random numbers depend on (seed, query id, attempt, levels) alone.  Rec
 batch by batch; the same command goes on after a stop, with the same result.
 """
 
-import argparse
 import hashlib
 import json
 import os
 import random
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import openai
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from repro import prompts
 from repro.data import AUTHORED, read_jsonl, read_lines, report_unusable, text_field
-from repro.support.files import check_output, one_line, run_command
+from repro.support.files import check_output, naming, one_line, options, run_command
 from repro.support.models import load_pretrained, model_folder, pick_device, pick_dtype
 
-Chat = list[dict[str, str]]
-Jobs = list[tuple[Chat, str]]  # what is asked, and the name that seeds its reply
-Record = dict[str, Any]
-Planned = dict[str, Record]  # {id: record before it is asked}
-Done = dict[tuple[str, int], Record]  # {(id, attempt): record}
-URL = r"https?://([\w.-]+|\[[\da-f:.]+\])(:\d{1,5})?(/[\w.~/-]*)?"  # no password, no query
+Jobs = list[tuple]  # (chat, the name that seeds its reply)
+
+
+@dataclass(frozen=True)
+class Job:
+    """Write graded passages for queries; goes on with the records that are in --out.
+
+    out: file to append records to
+    plan: by-level (one level a call, for small models) or all-levels (one call)
+    seed, limit: only so many queries, drawn with the seed
+    retries: more tries if a reply cannot be read
+    batch-size: prompts at a time; a server is asked 8 at a time
+
+    queries: .jsonl or .txt, also .gz; `split` cuts a long one, and results can be joined
+    model: built-in name, folder, hub id; of a server its name there
+    base-url: an OpenAI-compatible server, e.g. http://127.0.0.1:8000/v1; key in OPENAI_API_KEY
+    device, dtype: where and in which numbers a local model computes
+    no-chat-template: send the prompt as plain text
+
+    max-new-tokens: of a passage
+    temperature, top-p, top-k: how tokens are drawn; top-k 0 means from all
+    """
+
+    out: str
+    plan: str = "by-level"
+    seed: int = 0
+    limit: int = 10**9
+    retries: int = 0
+    batch_size: int = 64
+
+
+@dataclass(frozen=True)
+class Source:
+    """Who writes, for which queries."""
+
+    queries: Path = AUTHORED
+    model: str = "smollm2-135m"
+    base_url: str = ""
+    device: str = "auto"
+    dtype: str = "auto"
+    no_chat_template: bool = False
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn: `top_k` 0 means from all, temperature below 1e-6 the likeliest one."""
+    """How tokens are drawn: `top_k` 0 means from all, temperature 0 the likeliest one."""
 
     max_new_tokens: int = 100  # of a passage; a reply of `all-levels` may have four times as many
     temperature: float = 0.7
@@ -47,34 +78,29 @@ class Sampling:
     def __post_init__(self) -> None:
         fits = self.max_new_tokens >= 1 and self.temperature >= 0 and self.top_k >= 0
         if not (fits and 0 < self.top_p <= 1):
-            raise ValueError(
-                f"expected max_new_tokens >= 1, temperature and top_k >= 0, 0 < top_p <= 1: {self}"
-            )
-
-
-class Refusal(prompts.ReplyError):
-    """What a server answers instead of a reply."""
-
-
-class Busy(Refusal):
-    """A refusal that says nothing about what was asked."""
+            expected = "max_new_tokens >= 1, temperature and top_k >= 0, 0 < top_p <= 1"
+            raise ValueError(f"expected {expected}, found {self}")
 
 
 def seed_of(name: str) -> int:
     """A seed below 2^63 that depends on the text alone."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
+    return int(hashlib.sha256(name.encode()).hexdigest()[:16], 16) >> 1
 
 
 def draw_tokens(scores: torch.Tensor, noise: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """Logits (B, V) -> 0 at the token that a row draws with its noise (B,) in [0, 1), else -inf."""
+    """Logits (B, V) -> 0 at the token that a row draws with its noise (B,) in [0, 1), else -inf.
+
+    What is added up is float64 and on the CPU, as the noise is: Apple's GPUs lack float64.
+    """
     size = scores.shape[-1]
     values, tokens = scores.topk(min(sampling.top_k or size, size))
-    mass = (values / sampling.temperature).softmax(-1).double()  # (B, top_k), likeliest first
+    mass = (values / max(sampling.temperature, 1e-9)).softmax(-1)  # (B, top_k), likeliest first
+    mass = mass.cpu().double()
     kept = mass.cumsum(-1) - mass < sampling.top_p
-    cumulative = torch.where(kept, mass, 0.0).cumsum(-1)
+    cumulative = (mass * kept).cumsum(-1)
     drawn = (cumulative <= noise[:, None] * cumulative[:, -1:]).sum(-1, keepdim=True)  # inverse CDF
-    drawn = drawn.minimum(kept.sum(-1, keepdim=True) - 1)  # rounding must not step past the kept
-    return torch.full_like(scores, -torch.inf).scatter_(1, tokens.gather(-1, drawn), 0.0)
+    tokens = tokens.gather(-1, drawn.to(tokens.device))
+    return torch.full_like(scores, -torch.inf).scatter_(1, tokens, 0.0)
 
 
 class LocalGenerator:
@@ -88,30 +114,27 @@ class LocalGenerator:
         name: str = "smollm2-135m",
         device: str = "auto",
         dtype: str = "auto",
-        batch_size: int = 64,
         plain: bool = False,
     ) -> None:
-        self.name = Path(name).name if Path(name).is_dir() else name  # no folders in the records
-        self.batch_size = batch_size
-        self.plain = plain
-        self.device = pick_device(device)
-        dtype = pick_dtype(dtype, self.device)
         folder = model_folder(name)
+        self.name = folder.name if folder == Path(name) else name  # no folders in the records
+        self.plain = plain
+        place = pick_device(device)
+        number = pick_dtype(dtype, place)
         self.tokenizer = load_pretrained(folder, AutoTokenizer, name)
-        self.model = load_pretrained(folder, AutoModelForCausalLM, name, dtype=dtype)
-        self.model.to(self.device).eval()
+        self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.model = load_pretrained(folder, AutoModelForCausalLM, name, dtype=number).to(place)
         config = self.model.config.get_text_config()
-        self.context = getattr(config, "max_position_embeddings", None) or 10**9
+        self.context = getattr(config, "max_position_embeddings", 10**9)
 
         end = self.tokenizer.eos_token_id
-        ends = self.model.generation_config.eos_token_id or []
-        if isinstance(ends, int):
-            ends = [ends]
+        ends = self.model.generation_config.eos_token_id or end
+        ends = ends if isinstance(ends, list) else [ends]
         # All that stays of the model's own settings: a record names the others.
         settings = GenerationConfig(eos_token_id=[end, *ends], pad_token_id=end)
         self.model.generation_config = settings
 
-    def prompt(self, chat: Chat) -> list[int]:
+    def prompt(self, chat: list[dict]) -> list[int]:
         """Token ids of a chat, ready for the model's turn."""
         text = "\n\n".join(turn["content"] for turn in chat)
         if self.plain:
@@ -128,29 +151,23 @@ class LocalGenerator:
     @torch.inference_mode()
     def reply(self, jobs: Jobs, sampling: Sampling) -> list[str]:
         """One reply a job, as one batch that is padded on the left."""
-        asked = [torch.tensor(self.prompt(chat)) for chat, _ in jobs]
-        ids = pad_sequence(asked, batch_first=True, padding_value=-1, padding_side="left")
-        ids = ids.to(self.device)
-        noise = []
-        for _, name in jobs:
-            seeded = torch.Generator().manual_seed(seed_of(name))
-            noise.append(torch.rand(sampling.max_new_tokens, generator=seeded, dtype=torch.float64))
-        home = "cpu" if self.device.type == "mps" else self.device  # Apple's GPUs lack float64
-        steps = iter(torch.stack(noise, dim=1).to(home))
+        asked = [self.prompt(chat) for chat, _ in jobs]
+        rows = [torch.Generator().manual_seed(seed_of(name)) for _, name in jobs]
 
         def draw(_: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-            return draw_tokens(scores.to(home), next(steps), sampling).to(scores.device)
+            noise = [torch.rand(1, generator=row, dtype=torch.float64) for row in rows]
+            return draw_tokens(scores, torch.cat(noise), sampling)
 
+        padded = self.tokenizer.pad({"input_ids": asked}, padding_side="left", return_tensors="pt")
         made = self.model.generate(
-            ids.clamp(min=0),
-            attention_mask=(ids >= 0).long(),
+            **padded.to(self.model.device),
             max_new_tokens=sampling.max_new_tokens,
-            logits_processor=[draw] if sampling.temperature >= 1e-6 else [],
+            logits_processor=[draw],
         )
-        replies = self.tokenizer.batch_decode(made[:, ids.shape[1] :], skip_special_tokens=True)
-        for row, prompt in enumerate(asked):
-            if prompts.in_reasoning(self.tokenizer.decode(prompt[-8:])):
-                replies[row] = "<think>" + replies[row]  # the template wrote the opening mark
+        replies = made[:, padded["input_ids"].shape[1] :]
+        replies = self.tokenizer.batch_decode(replies, skip_special_tokens=True)
+        if prompts.in_reasoning(self.tokenizer.decode(asked[0][-8:])):
+            replies = ["<think>" + reply for reply in replies]  # the template wrote the mark
         return replies
 
 
@@ -161,27 +178,27 @@ class ServerGenerator:
     server is busy: after the time that it names, up to two minutes, or, in all, for a good minute.
     """
 
-    def __init__(self, url: str, model: str, workers: int = 8, batch_size: int = 64) -> None:
-        self.key = os.environ.get("OPENAI_API_KEY", "").strip() or "EMPTY"
-        if not re.fullmatch(URL, url) or not re.fullmatch("[!-~]+", self.key):
-            raise ValueError("expected --base-url http(s)://HOST:PORT/v1, a plain OPENAI_API_KEY")
-        self.name = model
-        self.workers = workers
-        self.batch_size = batch_size
-        self.context = 10**9  # the server knows
-        self.prompt = str
-        http_client = openai.DefaultHttpxClient(follow_redirects=False, trust_env=False)
-        self.client = openai.OpenAI(
-            base_url=url, api_key=self.key, max_retries=14, timeout=300, http_client=http_client
-        )
+    context = 10**9  # the server knows
+    prompt = str
 
-    def reply(self, jobs: Jobs, sampling: Sampling) -> list[str | Refusal]:
-        """One reply or refusal a job, `workers` at a time.  Raises what `one` raises."""
-        with ThreadPoolExecutor(self.workers) as pool:
+    def __init__(self, url: str, model: str) -> None:
+        self.name = model
+        self.key = os.environ.get("OPENAI_API_KEY", "").strip() or "EMPTY"
+        http_client = openai.DefaultHttpxClient(follow_redirects=False, trust_env=False)
+        if not url.startswith("http"):
+            raise ValueError(f"--base-url: expected http(s)://HOST:PORT/v1, found {url}")
+        with naming("--base-url", Exception):
+            self.client = openai.OpenAI(
+                base_url=url, api_key=self.key, max_retries=14, timeout=300, http_client=http_client
+            )
+
+    def reply(self, jobs: Jobs, sampling: Sampling) -> list:
+        """What `one` returns for each job, 8 at a time."""
+        with ThreadPoolExecutor(8) as pool:
             return list(pool.map(lambda job: self.one(*job, sampling), jobs))
 
-    def one(self, chat: Chat, name: str, sampling: Sampling) -> str | Refusal:
-        """One reply or refusal.
+    def one(self, chat: list[dict], name: str, sampling: Sampling) -> str | Exception:
+        """A reply; else a ReplyError, or a ConnectionError that says nothing about the query.
 
         Raises ValueError for a status that every query would get: a redirect, 401, 402, 403, 404.
         """
@@ -196,133 +213,116 @@ class ServerGenerator:
                 top_p=sampling.top_p,
                 extra_body=more,
             )
-            choice = done.choices[0]
-            text = choice.message.content
-        except openai.APIStatusError as error:
-            status = error.status_code
-            reason = one_line(error.message.replace(self.key, "***"))
-            if status < 400 or status in (401, 402, 403, 404):
-                raise ValueError(f"the server refuses all: {reason}") from None
-            return Busy(reason) if status in (429, 503) else Refusal(reason)
+            text = done.choices[0].message.content
+            end = done.choices[0].finish_reason
         except openai.OpenAIError as error:
-            return Busy(f"no answer from the server: {error}")
-        except (AttributeError, LookupError, TypeError, ValueError):
-            return Refusal("the server's answer is no chat completion")
-        if not isinstance(text, str) or choice.finish_reason == "content_filter":
-            return Refusal(f"no content, finish reason {choice.finish_reason}")
+            reason = one_line(str(error).replace(self.key, "***"))
+            status = getattr(error, "status_code", 503)  # without: no answer
+            if status < 405 and status != 400:
+                raise ValueError(reason) from None
+            busy = status in (429, 503)
+            return ConnectionError(reason) if busy else prompts.ReplyError(reason)
+        except Exception:  # whatever a foreign server's JSON makes of it
+            return prompts.ReplyError("the server's answer is no chat completion")
+        if end == "content_filter" or not isinstance(text, str):
+            return prompts.ReplyError(f"no content, finish reason {end}")
         return text
+
+
+Writer = LocalGenerator | ServerGenerator
 
 
 def read_queries(path: str | Path) -> dict[str, str]:
     """{id: query} of a BEIR queries file, of graded lists, or of a .txt with one a line; also .gz.
 
-    Without an id, line 7 is `q00007`.  A query that stood there before is left out, which stderr
-    says.  Raises ValueError, with the line, for an empty query and an id of two queries.
+    Without an id, line 7 is `q00007`.  A query or an id that stood there before is left out, which
+    stderr says.  Raises ValueError, with the line, for an empty query.
     """
-    is_text = ".txt" in Path(path).suffixes[-2:]
+    is_text = ".txt" in Path(path).suffixes
     read = read_lines if is_text else read_jsonl
     queries = {}
     seen = set()
     repeated = []
     for where, row in read(path):
         if is_text:
-            row = {"query": row}
-        field = "query" if "query" in row else "text"
-        query = " ".join(text_field(row, field, where).split())
-        line = where.rpartition(":")[2]
-        key = f"q{int(line):05d}"
-        for name in ("id", "_id"):
-            if name in row:
-                key = text_field(row, name, where)
-        if query.lower() in seen:
-            repeated.append(f"line {line}: {query}")
-            continue
-        if key in queries:
-            raise ValueError(f"{where}: the id {key!r} stands for another query already")
-        seen.add(query.lower())
-        queries[key] = query
-    count = len(queries) + len(repeated)
-    report_unusable(path, repeated, count, "queries stood there before and are left out")
+            row = {"text": row}
+        number = where.rpartition(":")[2]
+        row.setdefault("id", row.get("_id", f"q{number:0>5}"))
+        key = text_field(row, "id", where)
+        query = text_field(row, "query" if "query" in row else "text", where)
+        query = " ".join(query.split())
+        if key in queries or query.lower() in seen:
+            repeated.append(where)
+        else:
+            queries[key] = query
+            seen.add(query.lower())
+    why = "queries or ids stood there before and are left out"
+    report_unusable(path, repeated, len(queries) + len(repeated), why)
     return queries
 
 
 def plan_records(
-    queries: Mapping[str, str], generator: Any, settings: Record, pool: Sequence[str]
-) -> Planned:
-    """The records to be made, longest prompt first.
+    queries: dict, generator: Writer, plan: str, seed: int, limit: int, sampling: Sampling
+) -> tuple[dict, dict]:
+    """({id: record to be made}, longest prompt first, and {setting: value} that all of them have).
 
     A query that does not fit into the model is left out, which stderr says.
     """
-    plan = settings["plan"]
-    room = generator.context - settings["parameters"]["max_new_tokens"]
+    pool = list(queries.values())
+    keys = list(queries)
+    random.Random(seed).shuffle(keys)
+    settings = {
+        "prompt_version": prompts.PROMPT_VERSION,
+        "plan": plan,
+        "generator": generator.name,
+    }
+    parameters = {"levels": [*prompts.LEVELS], **asdict(sampling)}
     planned = []
     large = []
-    for key, query in queries.items():
-        drawn = {}
-        if plan == "by-level":
-            drawn = prompts.draw(query, pool, settings["seed"])
+    for key in keys[:limit]:
+        query = queries[key]
+        drawn = prompts.draw(query, pool, seed) if plan == "by-level" else {}
         chats = [prompts.messages(plan, asked, query, drawn) for asked in prompts.calls(plan)]
         length = max(len(generator.prompt(chat)) for chat in chats)
-        parameters = settings["parameters"] | {"drawn": drawn}
-        record = {"id": key, "query": query, **settings, "parameters": parameters}
-        if length > room:
+        record = {"id": key, "query": query, **settings}
+        record |= {"parameters": parameters | {"drawn": drawn}, "seed": seed}
+        if length + sampling.max_new_tokens > generator.context:
             large.append(key)
         else:
             planned.append((-length, key, record))
     reason = f"do not fit into the model's {generator.context} tokens and are left out"
-    report_unusable("queries", large, len(queries), reason)
-    return {key: record for _, key, record in sorted(planned)}
+    report_unusable("queries", large, len(large) + len(planned), reason)
+    records = {key: record for _, key, record in sorted(planned)}
+    return records, settings | parameters | {"seed": seed}
 
 
-def read_done(path: Path, queries: Mapping[str, str], settings: Record) -> Done:
-    """What is in a file already; the torn last line of a command that was stopped is cut off.
+def read_records(path: str | Path, records: dict, settings: dict) -> None:
+    """Put what a file has already into `records`; the torn last line of a stopped command is cut.
 
     Raises ValueError for anything but records of this command, with these settings and queries.
     """
-    done = {}
-    if not path.exists():
-        return done
-    expected = settings | settings["parameters"]
-    del expected["parameters"]
-    raw = path.read_bytes()
+    raw = Path(path).read_bytes()
     whole = raw.rfind(b"\n") + 1
-    try:
+    with naming(f"{path}: expected records of this very command", ValueError, TypeError, KeyError):
         for line in raw[:whole].splitlines():
             record = json.loads(line)
+            key = record["id"]
             there = record | record["parameters"]
-            expected["query"] = queries.get(record["id"], record["query"])
+            expected = settings | {"query": records.get(key, record)["query"]}
             for name, value in expected.items():
                 if there[name] != value:
                     raise ValueError(f"it has {name} {there[name]!r}, this run has {value!r}")
-            done[record["id"], record["attempt"]] = record
+            if key in records:
+                records[key] = record
         if not b'{"id": '.startswith(raw[whole : whole + 7]):
             raise ValueError("its last line is none")
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path}: expected records of this very command, but {error}") from error
     os.truncate(path, whole)
-    return done
 
 
-def pending(planned: Planned, done: Done, attempt: int, size: int) -> list[list[Record]]:
-    """Batches to ask: at attempt 0 all records, then those whose reply before was not read.
-
-    A batch of which one record is missing is there whole: what a prompt is padded with may change
-    the last bits of its scores.
-    """
-    failed = {key for (key, number), r in done.items() if number == attempt - 1 and r["error"]}
-    records = []
-    for key, record in planned.items():
-        if attempt == 0 or key in failed:
-            unasked = {"attempt": attempt, "reply": [], "passages": {}, "error": None}
-            records.append(record | unasked)
-    batches = [records[start : start + size] for start in range(0, len(records), size)]
-    return [batch for batch in batches if any((r["id"], attempt) not in done for r in batch)]
-
-
-def ask_batch(generator: Any, batch: list[Record], sampling: Sampling) -> None:
+def ask_batch(generator: Writer, batch: list[dict], sampling: Sampling) -> None:
     """Fill in reply, passages and error; a record with an error is asked for no further level.
 
-    Raises ValueError if the server is busy for all, or refuses all of more than one at their first
+    Raises ValueError if none gets an answer, or all of more than one are refused at their first
     attempt: the rest would fare no better.
     """
     plan = batch[0]["plan"]
@@ -336,141 +336,95 @@ def ask_batch(generator: Any, batch: list[Record], sampling: Sampling) -> None:
             name = f"{record['seed']}|{record['id']}|{record['attempt']}|{asked}"
             jobs.append((chat, name))
         replies = generator.reply(jobs, sampling)
-
-        refused = all(isinstance(reply, Refusal) for reply in replies)
-        busy = all(isinstance(reply, Busy) for reply in replies)
-        first = batch[0]["attempt"] == 0 and len(jobs) == len(batch) > 1
-        if busy or (refused and first):
-            raise ValueError(f"all {len(jobs)} queries of a batch failed: {replies[0]}")
+        kinds = {type(reply) for reply in replies}
+        first = len(jobs) > 1 and batch[0]["attempt"] == 0
+        if kinds == {ConnectionError} or (first and str not in kinds):
+            raise ValueError(f"all queries of a batch failed: {replies[0]}")
         for record, reply in zip(going, replies, strict=True):
             try:
-                if isinstance(reply, Refusal):
+                if isinstance(reply, Exception):
                     raise reply
                 record["reply"] = reply if plan == "all-levels" else [*record["reply"], reply]
                 found = prompts.read_reply(plan, asked, reply)
-                record["passages"] |= {str(level): found[level] for level in asked}
-            except prompts.ReplyError as error:
+                found = {str(level): found[level] for level in asked}
+                record["passages"] = record["passages"] | found
+            except (prompts.ReplyError, ConnectionError) as error:
                 record |= {"passages": None, "error": str(error)}
 
 
-def append(batch: list[Record], done: Done, path: Path | None) -> None:
-    """Add the records that are new to `done` and, in one piece, to the file."""
-    lines = []
-    for record in batch:
-        key = record["id"], record["attempt"]
-        if key not in done:
-            done[key] = record
-            lines.append(json.dumps(record, ensure_ascii=False) + "\n")
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "ab") as file:
-            file.write("".join(lines).encode(errors="replace"))  # half a surrogate pair is no text
+def append(batch: list, path: Path) -> None:
+    """Add records to a file, in one piece."""
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in batch]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab") as file:
+        file.write("".join(lines).encode(errors="replace"))  # half a surrogate pair is no text
 
 
 def generate(
-    queries: Sequence[str] | Mapping[str, str],
-    generator: Any,
+    queries: Sequence[str] | dict,
+    generator: Writer,
     *,
     plan: str = "by-level",
     seed: int = 0,
+    limit: int = 10**9,
     retries: int = 0,
+    batch_size: int = 64,
     sampling: Sampling = Sampling(),
-    out: Path | str | None = None,
-    pool: Sequence[str] = (),
-) -> list[Record]:
+    out: str | Path = "",
+) -> list[dict]:
     """One record a query (text, or {id: text}), in their order; what is too long is left out.
 
-    A reply that cannot be read gives `passages` None and the reason in `error`; it is asked again,
-    up to `retries` times, with new seeds.  What is in the file `out` is not made again.  Unrelated
-    queries are drawn from `pool` (default: `queries`).  Raises ValueError, before any work, for
-    what does not fit, and later for what `ask_batch` does.
+    Of more than `limit` queries so many are drawn with the seed; a larger limit holds a smaller
+    one.  A reply that cannot be read gives `passages` None and the reason in `error`; it is asked
+    again, up to `retries` times, with new seeds.  What is in the file `out` is not made again.
+    Raises ValueError, before any work, for what does not fit, and later for what `ask_batch` does.
     """
-    if not isinstance(queries, Mapping):
+    if not isinstance(queries, dict):
         queries = {f"q{number:05d}": query for number, query in enumerate(queries, start=1)}
-    levels_a_call = len(prompts.calls(plan)[0])
-    sampling = replace(sampling, max_new_tokens=sampling.max_new_tokens * levels_a_call)
-    settings = {
-        "prompt_version": prompts.PROMPT_VERSION,
-        "plan": plan,
-        "generator": generator.name,
-        "parameters": {"levels": list(prompts.LEVELS), **asdict(sampling)},
-        "seed": seed,
-    }
-    planned = plan_records(queries, generator, settings, list(pool or queries.values()))
-    done = {}
-    if out is not None:
-        out = Path(out)
-        done = read_done(out, queries, settings)
+    most = sampling.max_new_tokens * len(prompts.calls(plan)[0])
+    sampling = replace(sampling, max_new_tokens=most)
+    records, settings = plan_records(queries, generator, plan, seed, limit, sampling)
+    if os.path.exists(out):
+        read_records(out, records, settings)
     for attempt in range(retries + 1):
-        batches = pending(planned, done, attempt, generator.batch_size)
-        for batch in tqdm(batches, f"attempt {attempt}", unit="batch", disable=None):
+        unasked = {"attempt": attempt, "reply": [], "passages": {}, "error": None}
+        pending = [
+            record | unasked
+            for record in records.values()
+            if record.get("attempt", -1) < attempt and record.get("error", "not asked")
+        ]
+        for start in tqdm(range(0, len(pending), batch_size), disable=None):
+            batch = pending[start : start + batch_size]
             ask_batch(generator, batch, sampling)
-            append(batch, done, out)
-    last = {key: record for (key, _), record in done.items()}
-    return [last[key] for key in queries if key in planned]
+            if out:
+                append(batch, Path(out))
+            records |= {record["id"]: record for record in batch}
+    return [records[key] for key in queries if key in records]
 
 
-def command_line() -> argparse.ArgumentParser:
-    """What the command takes; long files of queries can be cut with `split`, results joined."""
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser("python -m repro.generate", formatter_class=formatter)
-    option = parser.add_argument
-    option("--out", required=True, help="file to append records to; goes on with what is there")
-    option("--queries", default=AUTHORED, help=".jsonl or .txt, also .gz; `split` cuts a long one")
-    option("--model", default="smollm2-135m", help="built-in name, folder, hub id; server's name")
-    option("--base-url", help="an OpenAI-compatible server, e.g. http://127.0.0.1:8000/v1")
-    option("--workers", type=int, default=8, help="requests at a time, of a server")
-    option("--plan", choices=prompts.PLANS, default="by-level")
-    option("--seed", type=int, default=0)
-    option("--limit", type=int, default=10**9, help="only so many queries, drawn with the seed")
-    option("--retries", type=int, default=0, help="more tries if a reply cannot be read")
-    option("--batch-size", type=int, default=64, help="prompts at a time")
-    option("--device", default="auto")
-    option("--dtype", default="auto")
-    option("--no-chat-template", action="store_true", help="send the prompt as plain text")
-    option("--max-new-tokens", type=int, default=Sampling.max_new_tokens, help="of a passage")
-    option("--temperature", type=float, default=Sampling.temperature)
-    option("--top-p", type=float, default=Sampling.top_p)
-    option("--top-k", type=int, default=Sampling.top_k)
-    return parser
-
-
-def run(args: argparse.Namespace) -> None:
+def run(job: Job, source: Source, sampling: Sampling) -> None:
     """Do what the command line asks for."""
-    if min(args.retries + 1, args.limit, args.batch_size, args.workers) < 1:
-        raise ValueError("expected --retries >= 0, and --limit, --batch-size, --workers >= 1")
-    out = check_output(args.out, overwrite=True)  # what is there is gone on with
-    sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.top_k)
-    queries = read_queries(args.queries)
-    keys = list(queries)
-    random.Random(args.seed).shuffle(keys)
-    asked = {key: queries[key] for key in keys[: args.limit]}  # a larger limit holds a smaller one
-    if args.base_url:
-        generator = ServerGenerator(args.base_url, args.model, args.workers, args.batch_size)
+    prompts.calls(job.plan)  # raises ValueError for another
+    if min(job.limit, job.retries + 1, job.batch_size) < 1:
+        raise ValueError("expected --retries >= 0, and --limit and --batch-size >= 1")
+    out = check_output(job.out, overwrite=True)  # what is there is gone on with
+    queries = read_queries(source.queries)
+    if source.base_url:
+        generator = ServerGenerator(source.base_url, source.model)
     else:
         generator = LocalGenerator(
-            args.model, args.device, args.dtype, args.batch_size, args.no_chat_template
+            source.model, source.device, source.dtype, source.no_chat_template
         )
-    records = generate(
-        asked,
-        generator,
-        plan=args.plan,
-        seed=args.seed,
-        retries=args.retries,
-        sampling=sampling,
-        out=out,
-        pool=list(queries.values()),
-    )
-    failed = [record for record in records if record["error"]]
+    records = generate(queries, generator, sampling=sampling, **vars(job) | {"out": out})
+    failed = [f"failed: {record['id']}: {record['error']}" for record in records if record["error"]]
     print(f"{out}: {len(records) - len(failed)} of {len(records)} have passages")
-    if failed:
-        print(one_line(f"failed: {failed[0]['id']}: {failed[0]['error']}"))
+    for reason in failed[:3]:
+        print(one_line(reason))
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line of the module; see --help."""
-    args = command_line().parse_args(argv)
-    return run_command(lambda: run(args))
+    """Command line; see --help."""
+    return run_command(lambda: run(*options("repro.generate", argv, Job, Source, Sampling)))
 
 
 if __name__ == "__main__":

@@ -20,15 +20,13 @@ import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
-from repro.support.files import bad
-
 Mask = Tensor | None  # True where a passage is
 
 
 def expand_labels(labels: Tensor) -> Tensor:
     """(B, k) -> (B, B * k): row i has its grades in columns i*k ... i*k + k-1, else 0."""
     if labels.ndim != 2:
-        raise bad("labels", "a (B, k) matrix of grades", labels.shape)
+        raise ValueError(f"labels: expected a (B, k) matrix of grades, found {tuple(labels.shape)}")
     return torch.block_diag(*labels)
 
 
@@ -107,7 +105,7 @@ def wasserstein_1d(
     the signed length of line that mass at j has to travel.  ValueError for other ties.
     """
     if ties not in ("spread", "merged"):
-        raise bad("ties", "spread or merged", ties)
+        raise ValueError(f"ties: expected spread or merged, found {ties!r}")
     x, z, grades = _logits(scores, labels, temperature, label_temperature, mask)
     # The passages from the top of the line down; of equal grades the best score first.
     by_score = x.argsort(descending=True, stable=True)
@@ -176,7 +174,7 @@ def fit_temperature(loss: Callable[..., Tensor], batches: Iterable[tuple[Tensor,
     real = [scores.masked_select(mask.bool()) for scores, _, mask in batches]
     deviation = torch.cat(real).double().std(correction=0).item()
     if not 0 < deviation < math.inf:
-        raise bad("fit_temperature", "scores of a deviation above 0", deviation)
+        raise ValueError(f"fit_temperature: expected a deviation above 0, found {deviation}")
 
     def mean_loss(log_temperature: float) -> float:
         temperature = math.exp(log_temperature)
@@ -199,10 +197,12 @@ def _logits(
     """What the softmaxes of P and T take, and the grades: (B, N) each, of checked arguments."""
     shapes = scores.shape, labels.shape
     if scores.ndim != 2 or scores.shape != labels.shape:
-        raise bad("scores and labels", "one shape (B, N), see expand_labels", shapes)
+        raise ValueError(f"scores and expand_labels(labels): expected one shape, found {shapes}")
     for value in (temperature, label_temperature):
         if not 0 < value < math.inf:
-            raise bad("temperature, label_temperature", "positive finite numbers", value)
+            raise ValueError(
+                f"temperature, label_temperature: expected above 0 and finite, found {value!r}"
+            )
     # At least float32: bfloat16 loses small targets.
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     grades = labels.to(scores.dtype)

@@ -10,39 +10,35 @@ import ast
 import json
 import random
 import re
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 PROMPT_VERSION = "sycl-v1"
-PLANS = ("all-levels", "by-level")
 LEVELS = (3, 2, 1, 0)
-MEANING = {
-    3: "perfectly relevant: the passage is about the query and holds its exact, complete answer",
-    2: "highly relevant: some of the answer, but imprecise, incomplete or buried among other "
-    "things",
-    1: "related: on the topic of the query, but without an answer",
-    0: "irrelevant: another subject altogether, nothing to do with the need behind the query",
+SYSTEM = {
+    "all-levels": "You write short passages that read like excerpts of real web pages.",
+    "by-level": "You write short excerpts of web pages. "
+    "Reply with one plain paragraph of 40 to 80 words.",
 }
-ALL_SYSTEM = "You write short passages that read like excerpts of real web pages."
-ALL_ASK = """\
+PLANS = tuple(SYSTEM)
+ASK = {  # the levels asked for in one call, and how
+    LEVELS: """\
 Query: {query}
 
-Write {count} passages for this query, one at each level of relevance:
-{definitions}
+Write 4 passages for this query, one at each level of relevance:
+3 perfectly relevant: the passage is about the query and holds its exact, complete answer
+2 highly relevant: some of the answer, but imprecise, incomplete or buried among other things
+1 related: on the topic of the query, but without an answer
+0 irrelevant: another subject altogether, nothing to do with the need behind the query
 
 Each passage is plain prose of 35 to 90 words, all about equally long, accurate, in the voice of a \
 real page (encyclopedia, clinic, forum, shop, news, textbook), with varied openings. No lists, no \
 markdown, no word about relevance or the query. Reply with one JSON object and nothing else:
-{shape}"""
-ONE_SYSTEM = (
-    "You write short excerpts of web pages. Reply with one plain paragraph of 40 to 80 words."
-)
-ONE_ASK = {
-    3: "Write an excerpt of a web page that gives the exact and complete answer to: {query}",
-    2: "Write an encyclopedia paragraph with general background about: {topic}",
-    1: "Write an encyclopedia paragraph about {neighbour}",
-    0: "Write an excerpt of a web page that answers: {unrelated}",
+{{"3": "...", "2": "...", "1": "...", "0": "..."}}""",
+    (3,): "Write an excerpt of a web page that gives the exact and complete answer to: {query}",
+    (2,): "Write an encyclopedia paragraph with general background about: {topic}",
+    (1,): "Write an encyclopedia paragraph about {neighbour}",
+    (0,): "Write an excerpt of a web page that answers: {unrelated}",
 }
 FACETS = """
 the history of {part}
@@ -88,8 +84,7 @@ LEVEL = (
     r"(?:(0|zero|irrelevant)|(1|one|(?:partially[ _-])?related)"
     r"|(2|two|highly[ _-]relevant)|(3|three|perfectly[ _-]relevant))(?![^\W_])"
 )
-KEY = re.compile("(?i)" + LEVEL)
-LABEL = re.compile(
+LABEL = (
     rf"(?im)^ ?(?:[-*+•] |\d+[.)] )?[#>*_(\[ ]*{LEVEL}"  # "- **Level 3", "## Grade three", "[3"
     r"(?:[ :().–—-]*(?:(?:perfectly|highly)[ -]relevant|(?:partially )?related|irrelevant)\b)?"
     r"(?:[ *_:：.)\]=–—-]*[*:：.)\]=–—-](?!\w)|[ *_]*：| *$)"  # what divides it from the passage
@@ -98,23 +93,26 @@ LABEL = re.compile(
 THOUGHT = (
     r"(?:think|thinking|thoughts?|reason|reasoning|reflection|analysis|scratchpad)(?:_\w{1,20})?"
 )
-REASONING_BEGINS = re.compile(
+REASONING_BEGINS = (
     rf"(?i)<\|?(?:[\w:]{{0,20}}[_:])?{THOUGHT}(?: [^<>]{{0,80}})?\|?>|[\[◁]{THOUGHT}[\]▷]"
     r"|<\|channel\|?>(?!final)|\Aanalysis(?=[a-z])"
 )
-REASONING_ENDS = re.compile(
+REASONING_ENDS = (
     rf"(?i)<\|?(?:/|end_)(?:[\w:]{{0,20}}[_:])?{THOUGHT} ?\|?>|[\[◁]/{THOUGHT}[\]▷]"
     r"|<\|channel\|>final(?:<\|message\|>)?|<channel\|>|\Aanalysis(?s:.)*assistantfinal"
 )
-MARKUP = re.compile(  # fences, a line of -, *, _ or =, tags around an answer, a model's own tokens
+MARKUP = (  # fences, a line of -, *, _ or =, tags around an answer, a model's own tokens
     r"`{3,}[ \t]*[a-zA-Z]*|~{3,}|(?m:^[ \t]*[-*_=]{3,}[ \t]*$)"
     r"|(?i:</?(?:answer|response|output|final|solution)>)|<\|\w+\|>"
 )
+UNPRINTABLE = r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]|\*\*|__"  # control characters, half pairs, bold
+QUOTED = r"(?s)\A(?:\"([^\"]*)\"|'([^']*)'|“([^“]*)”|\*([^*]*)\*)\Z"
+# A first line of at most 19 words that ends with a colon: "Here is a paragraph:".
+ANNOUNCED = r"\A(?:\S+[^\S\n]+){0,18}\S*[:：][ *]*\n"
 # Scripts without spaces between words (Chinese, Japanese, Thai, ...): there a letter is counted.
 UNSPACED = "\u0e00-\u109f\u1780-\u17ff\u3041-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-WORD = re.compile(rf"[{UNSPACED}][^\w\s]*\s*|[^\s{UNSPACED}]+\s*")
-SENTENCE_END = re.compile("[.!?。．｡！？।॥؟۔።။།][\"'”’)\\]」』）》】»]*\\s*$|[\u0e00-\u0eff]\\s$")
-Found = list[tuple[int, object]]  # (level, what stands there), in the order of the reply
+WORD = rf"[{UNSPACED}][^\w\s]*\s*|[^\s{UNSPACED}]+\s*"
+SENTENCE_END = "[.!?。．｡！？।॥؟۔።။།][\"'”’)\\]」』）》】»]*\\s*$|[\u0e00-\u0eff]\\s$"
 
 
 class ReplyError(ValueError):
@@ -141,9 +139,8 @@ def draw(query: str, pool: Sequence[str], seed: int) -> dict[str, str]:
     neighbour = rng.choice(FACETS).format(part=part)
 
     own = {word.lower() for word in words}
-    others = []
-    if len(pool) > 1:
-        others = [rng.choice(pool) for _ in range(40)]
+    draws = 40 if len(pool) > 1 else 0
+    others = [rng.choice(pool) for _ in range(draws)]
     others = [text for text in others if own.isdisjoint(topic(text).lower().split())]
     if not others:
         free = [text for text in UNRELATED if own.isdisjoint(text.split())]
@@ -154,89 +151,74 @@ def draw(query: str, pool: Sequence[str], seed: int) -> dict[str, str]:
 def calls(plan: str) -> list[tuple[int, ...]]:
     """The levels asked for in each call: all at once for `all-levels`, else one a call."""
     if plan not in PLANS:
-        raise ValueError(f"plan: expected one of {', '.join(PLANS)}, got {plan!r}")
+        raise ValueError(f"plan: expected all-levels or by-level, found {plan!r}")
     if plan == "all-levels":
         return [LEVELS]
     return [(level,) for level in LEVELS]
 
 
 def messages(
-    plan: str, asked: tuple[int, ...], query: str, drawn: Mapping[str, str]
+    plan: str, asked: tuple[int, ...], query: str, drawn: dict[str, str]
 ) -> list[dict[str, str]]:
     """The chat [{"role", "content"}, ...] for one of `calls(plan)`; `drawn` comes from `draw`."""
-    if plan == "all-levels":
-        system = ALL_SYSTEM
-        definitions = "\n".join(f"{level} {MEANING[level]}" for level in asked)
-        shape = json.dumps({str(level): "..." for level in asked})
-        user = ALL_ASK.format(query=query, count=len(asked), definitions=definitions, shape=shape)
-    else:
-        system = ONE_SYSTEM
-        user = ONE_ASK[asked[0]].format(query=query, topic=topic(query), **drawn)
-    return [{"role": "system", "content": system}, {"role": "user", "content": user}]
+    user = ASK[asked].format(query=query, topic=topic(query), **drawn)
+    return [{"role": "system", "content": SYSTEM[plan]}, {"role": "user", "content": user}]
 
 
 def in_reasoning(text: str) -> bool:
     """Whether a text ends inside a block of reasoning, such as <think>."""
-    after = REASONING_ENDS.split(text)[-1]
-    return REASONING_BEGINS.search(after) is not None
+    after = re.split(REASONING_ENDS, text)[-1]
+    return re.search(REASONING_BEGINS, after) is not None
 
 
 def answer(text: str) -> str:
     """What follows the reasoning in a reply.  Raises ReplyError if the reasoning has no end."""
     if in_reasoning(text):
         raise ReplyError("the reasoning has no end, so there is no answer")
-    return REASONING_ENDS.split(text)[-1]
+    return re.split(REASONING_ENDS, text)[-1]
 
 
 def tidy(text: str) -> str:
     """One line of plain text: no markup, outer quotes, control characters or lone surrogates."""
-    text = MARKUP.sub(" ", text)
-    text = re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]|\*\*|__", " ", text).strip()
-    while text[:1] + text[-1:] in ('""', "''", "“”", "**") and text[0] not in text[1:-1]:
-        text = text[1:-1].strip()
-    return " ".join(text.strip("`").split())
+    text = re.sub(MARKUP, " ", text)
+    text = re.sub(UNPRINTABLE, " ", text).strip()
+    text = re.sub(QUOTED, r"\1\2\3\4", text).strip(" `")
+    return " ".join(text.split())
 
 
-def from_python(text: str) -> str:
-    """JSON of an object in Python's spelling: single quotes, bare numbers as keys, a last comma."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # an unknown escape such as \\d stays as it is
-        return json.dumps(ast.literal_eval(text))
+def from_braces(text: str) -> list[tuple]:
+    """(level, value) of each key that names a level, in the outermost object.
 
-
-def from_braces(text: str) -> Found:
-    """(level, value) of the outermost object: of keys, and of {"level": 3, "passage": "..."}."""
+    It is JSON, or in Python's spelling: single quotes, bare numbers as keys, a last comma.
+    """
     found = []
 
-    def note(pairs: list[tuple[str, object]]) -> object:  # called for each object, inner ones first
-        fields = dict(pairs)
-        passage = fields.get("passage", fields.get("text"))
-        if "level" in fields:
-            pairs = [(str(fields["level"]), passage)]
+    def note(pairs: list[tuple]) -> object:  # called for each object, inner ones first
         for name, value in pairs:
-            key = KEY.match(name)
+            key = re.match(LEVEL, name, re.IGNORECASE)
             if key:
                 found.append((key.lastindex - 1, value))
-        return passage
+        return dict(pairs).get("text")  # {"3": {"text": "..."}}
 
     text = text[text.find("{") : text.rfind("}") + 1]
-    for spelling in (str, from_python):
+    for from_python in (False, True):
         try:
-            json.loads(spelling(text), object_pairs_hook=note, strict=False)
-            return found
-        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            if from_python:
+                text = json.dumps(ast.literal_eval(text))
+            json.loads(text, object_pairs_hook=note, strict=False)
+            break
+        except Exception:  # what others write fails in more ways than the two readers name
             found.clear()
-    return []
+    return found
 
 
-def from_labels(text: str) -> Found:
+def from_labels(text: str) -> list[tuple]:
     """(level, text up to the next label) of lines such as "Level 3: ..." or "Irrelevant: ..."."""
-    marks = list(LABEL.finditer(text))
-    ends = [mark.start() for mark in marks[1:]] + [len(text)]
-    parts = [text[mark.end() : end].strip() for mark, end in zip(marks, ends, strict=False)]
-    if parts and not re.search(r"\n\s*\n", "".join(parts[:-1])):
-        parts[-1] = re.split(r"\n\s*\n", parts[-1])[0]  # "Shall I write more?" is no passage
-    return [(mark.lastindex - 1, part) for mark, part in zip(marks, parts, strict=True)]
+    found = []
+    for mark in reversed(list(re.finditer(LABEL, text))):
+        found.append((mark.lastindex - 1, text[mark.end() :]))
+        text = text[: mark.start()]
+    return found
 
 
 def parse_reply(text: str, levels: tuple[int, ...] = LEVELS) -> dict[int, str]:
@@ -245,28 +227,24 @@ def parse_reply(text: str, levels: tuple[int, ...] = LEVELS) -> dict[int, str]:
     Read are JSON, the same in Python's spelling, and labelled lines ("Level 3: ...", "**3** ...",
     "Perfectly relevant: ..."), with reasoning before and prose or fences around.  Raises
     ReplyError with the reason: reasoning without end, nothing found, a level that is missing,
-    is empty, is no text, or stands there twice.
+    is no text with a word, or stands there twice.
     """
     text = answer(text)
     if len(text) > LONGEST_REPLY:
-        raise ReplyError(f"expected at most {LONGEST_REPLY} characters, found {len(text)}")
+        raise ReplyError(f"expected at most {LONGEST_REPLY} characters")
     text = re.sub(r"[ \t\r\0]+", " ", text)
-    found = from_braces(text) or from_labels(text)
-
-    passages: dict[int, str] = {}
-    for level, value in found:
+    passages = {}
+    for level, value in from_braces(text) or from_labels(text):
         if level not in levels:
             continue
-        if not isinstance(value, str):
-            raise ReplyError(f"level {level}: expected text, found {type(value).__name__}")
-        passage = tidy(value)
+        passage = tidy(value) if isinstance(value, str) else ""
         if not re.search(r"\w", passage):
-            raise ReplyError(f"level {level}: the passage is empty")
+            raise ReplyError(f"level {level}: expected a text with words, found {value!r:.40}")
         if passages.setdefault(level, passage) != passage:
             raise ReplyError(f"level {level}: stands there twice with different text")
-    missing = [str(level) for level in levels if level not in passages]
+    missing = [level for level in levels if level not in passages]
     if missing:
-        raise ReplyError(f"found no level {', '.join(missing)}, or the reply is cut off")
+        raise ReplyError(f"found no level {missing}, or the reply is cut off")
     return {level: passages[level] for level in levels}
 
 
@@ -278,20 +256,15 @@ def read_reply(plan: str, asked: tuple[int, ...], text: str) -> dict[int, str]:
     if plan == "all-levels":
         return parse_reply(text, asked)
     level = asked[0]
-    text = MARKUP.sub(" ", answer(text)[:LONGEST_REPLY]).strip()
-    first, _, rest = text.partition("\n")
-    announces = first.rstrip(" *").endswith((":", "：")) and len(first.split()) < 20
-    if rest and announces:
-        text = rest  # "Here is a paragraph:"
-    text = tidy(text)
-
-    words = WORD.findall(text)[:MOST]
-    while words and not SENTENCE_END.search(words[-1]):
+    text = re.sub(MARKUP, " ", answer(text)[:LONGEST_REPLY]).strip()
+    text = tidy(re.sub(ANNOUNCED, "", text))
+    words = re.findall(WORD, text)[:MOST]
+    while words and not re.search(SENTENCE_END, words[-1]):
         words.pop()
-    passage = "".join(words).strip()
     count = len(words)
     if count < LEAST:
         raise ReplyError(f"level {level}: expected {LEAST} words in whole sentences, found {count}")
+    passage = "".join(words).strip()
     terms = [word.lower().strip(" .,;:!?") for word in words]
     if len(passage.split()) < count / 2:
         terms = list(pairwise(terms))  # mostly letters: of those, pairs say what is repeated

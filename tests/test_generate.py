@@ -7,7 +7,6 @@ import multiprocessing
 import random
 import threading
 import time
-from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
@@ -58,12 +57,12 @@ def command(tiny, tmp_path):
 
 
 def scripted(answer):
-    """A generator for two prompts at a time that answers with `answer(name of the reply)`."""
+    """A generator that answers with `answer(name of the reply)`."""
 
     def reply(jobs, sampling):
         return [answer(name) for _, name in jobs]
 
-    return SimpleNamespace(name="scripted", context=10**9, prompt=str, batch_size=2, reply=reply)
+    return SimpleNamespace(name="scripted", context=10**9, prompt=str, reply=reply)
 
 
 def records_of(path):
@@ -72,7 +71,7 @@ def records_of(path):
 
 @pytest.mark.parametrize(
     ("temperature", "top_p", "top_k", "kept"),
-    [(0.5, 1.0, 0, 5), (2.0, 1.0, 3, 3), (1.0, 0.7, 0, 2)],
+    [(2.0, 1.0, 3, 3), (0.5, 0.95, 0, 3)],
 )
 def test_tokens_are_drawn_with_the_shares_of_the_softmax(temperature, top_p, top_k, kept):
     logits = torch.tensor([[3.0, 2.5, 2.0, 1.0, 0.0]]).double()
@@ -84,11 +83,12 @@ def test_tokens_are_drawn_with_the_shares_of_the_softmax(temperature, top_p, top
 
 
 def test_a_reply_depends_on_its_name_alone(tiny):
-    options = {"sampling": Sampling(20, 1.0, 1.0, 0), "pool": list(QUERIES.values())}
-    whole = generate(QUERIES, LocalGenerator(tiny, "cpu"), **options)
-    sevens = LocalGenerator(tiny, "cpu", batch_size=7)
-    assert generate(dict(reversed(QUERIES.items())), sevens, **options)[::-1] == whole
-    assert generate({"l5": QUERIES["l5"]}, sevens, **options) == [whole[5]]
+    model = LocalGenerator(tiny, "cpu")
+    options = {"generator": model, "sampling": Sampling(20, 1.0, 1.0, 0)}
+    whole = generate(QUERIES, **options)
+    [single] = generate(QUERIES, limit=1, batch_size=1, **options)
+    assert single in whole
+    assert generate(QUERIES, batch_size=7, **options) == whole
     assert len({str(record["reply"]) for record in whole}) == 24
 
 
@@ -111,8 +111,8 @@ def test_a_record_has_all_that_its_reply_depends_on():
     [record] = generate(["one"], scripted(lambda name: FINE), plan="all-levels", seed=7)
     fields = "id query prompt_version plan generator parameters seed attempt reply passages error"
     assert " ".join(record) == fields
-    parameters = {"levels": [3, 2, 1, 0], **asdict(Sampling(400)), "drawn": {}}
-    assert record["parameters"] == parameters
+    expected = {"levels": [3, 2, 1, 0], **vars(Sampling(400)), "drawn": {}}
+    assert record["parameters"] == expected
     assert record["passages"] == json.loads(record["reply"])
 
 
@@ -128,12 +128,7 @@ def test_a_failed_reply_is_asked_again_until_it_is_read(tmp_path):
         options = {"plan": "all-levels", "retries": retries, "out": out}
         best = generate({"a": "one", "b": "two"}, scripted(answer), **options)
         assert [record["attempt"] for record in best] == [1, retries]
-    assert [name.split("|")[1:3] for name in asked[2:]] == [
-        ["a", "1"],
-        ["b", "1"],
-        ["b", "2"],
-        ["b", "3"],
-    ]
+    assert [name[2:5] for name in asked] == ["a|0", "b|0", "a|1", "b|1", "b|2", "b|3"]
     assert [item.id for item in load_lists([out])] == ["a"]
 
 
@@ -150,7 +145,7 @@ def run_slowly(out):
         return FINE if int(name.split("|")[1][1:]) % 3 else "no"
 
     queries = [f"query number{n}" for n in range(60)]
-    generate(queries, scripted(answer), plan="all-levels", retries=2, out=out)
+    generate(queries, scripted(answer), plan="all-levels", retries=2, batch_size=2, out=out)
 
 
 def test_a_killed_command_goes_on_with_the_same_result(tmp_path):
@@ -167,7 +162,7 @@ def test_a_killed_command_goes_on_with_the_same_result(tmp_path):
     assert out.read_bytes() == (tmp_path / "whole").read_bytes()
 
 
-@pytest.mark.parametrize("share", [0.001, 0.01, 0.3, 0.5, 0.77, 0.999])
+@pytest.mark.parametrize("share", [0.001, 0.5, 0.999])
 def test_a_file_cut_at_any_byte_ends_the_same(tmp_path, share):
     out = tmp_path / "out"
     run_slowly(out)
@@ -180,10 +175,8 @@ def test_a_file_cut_at_any_byte_ends_the_same(tmp_path, share):
 @pytest.mark.parametrize(
     ("other", "reason"),
     [
-        ({"sampling": Sampling(100, 0.5)}, "temperature 0.7, this run has 0.5"),
-        ({"seed": 4}, "seed 0, this run has 4"),
-        ({"plan": "by-level"}, "plan 'all-levels', this run has 'by-level'"),
-        ({"queries": ["two"]}, "query 'one', this run has 'two'"),
+        ({"sampling": Sampling(100, 0.5)}, "it has temperature 0.7, this run has 0.5"),
+        ({"queries": ["two"]}, "it has query 'one', this run has 'two'"),
     ],
 )
 def test_a_file_is_not_gone_on_with_under_other_settings(tmp_path, other, reason):
@@ -212,20 +205,19 @@ def refused(capsys, *command):
     ("option", "value", "reason"),
     [
         ("--batch-size", 0, "--batch-size"),
-        ("--retries", -1, "--retries"),
         ("--top-p", 0, "0 < top_p <= 1"),
         ("--temperature", "nan", "temperature and top_k >= 0"),
+        ("--plan", "none", "plan: expected all-levels or by-level"),
         ("--max-new-tokens", 500, "24 of 24 do not fit into the model's 512 tokens"),
         ("--queries", "none", "cannot be read"),
         ("--model", "no-such", "unknown model"),
         ("--out", ".", "is not a file"),
-        ("--base-url", "http://me:hush@host/v1", "expected --base-url"),
+        ("--base-url", "http://host:port/v1", "--base-url: Invalid"),
+        ("--base-url", "localhost:8000/v1", "--base-url: expected http"),
     ],
 )
 def test_what_the_command_refuses(command, tmp_path, capsys, option, value, reason):
-    message = refused(capsys, *command, option, value)
-    assert reason in message
-    assert "hush" not in message
+    assert reason in refused(capsys, *command, option, value)
     assert not (tmp_path / "OUT").exists()
 
 
@@ -244,11 +236,9 @@ def test_a_query_that_does_not_fit_is_left_out_and_named(capsys):
     assert "1 of 2 do not fit into the model's 2000 tokens" in capsys.readouterr().err
 
 
-def test_a_larger_limit_holds_a_smaller_one(command, tmp_path, capsys):
+def test_the_command_ends_with_what_failed(command, capsys):
     assert main([*command, "--limit", "3"]) == 0
-    assert main([*command, "--limit", "9"]) == 0
-    assert len(records_of(tmp_path / "OUT")) == 9
-    assert "0 of 9 have passages\nfailed: l" in capsys.readouterr().out
+    assert "0 of 3 have passages\nfailed: l" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -266,21 +256,17 @@ def test_files_of_queries(tmp_path, name, text, ids):
     assert read_queries(tmp_path / name) == dict(zip(ids, ["one two", "three"], strict=True))
 
 
-def test_a_repeated_query_is_left_out_and_named(tmp_path, capsys):
-    (tmp_path / "x.txt").write_text("one\ntwo\nOne\n")
-    assert list(read_queries(tmp_path / "x.txt").values()) == ["one", "two"]
-    message = "1 of 3 queries stood there before and are left out: 'line 3: One'"
+@pytest.mark.parametrize("second", [{"id": "b", "query": "One"}, {"_id": "a", "text": "two"}])
+def test_a_repeated_query_or_id_is_left_out_and_named(tmp_path, capsys, second):
+    path = write_jsonl(tmp_path / "x.jsonl", [{"_id": "a", "text": "one"}, second])
+    assert read_queries(path) == {"a": "one"}
+    message = f"1 of 2 queries or ids stood there before and are left out: '{path}:2'"
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [("two", ":2: the id 'a' stands for another query"), (" ", ":2: field 'text'")],
-)
-def test_a_bad_row_of_queries_is_named(tmp_path, text, reason):
-    rows = [{"_id": "a", "text": "one"}, {"_id": "a", "text": text}]
-    with pytest.raises(ValueError, match=reason):
-        read_queries(write_jsonl(tmp_path / "bad.jsonl", rows))
+def test_an_empty_query_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=":1: field 'text'"):
+        read_queries(write_jsonl(tmp_path / "bad.jsonl", [{"_id": "a", "text": " "}]))
 
 
 def choice(content, **more):
@@ -346,7 +332,7 @@ def test_a_busy_server_is_asked_again_after_the_time_that_it_names(server):
 
 def test_a_busy_server_that_names_no_time_gets_a_good_minute(server):
     server.answer = lambda text: (429, "", {})
-    with pytest.raises(ValueError, match="all 1 queries of a batch failed: Error code: 429"):
+    with pytest.raises(ValueError, match="all queries of a batch failed: Error code: 429"):
         ask(server, ["one"])
     assert sum(server.pauses) > 60
 
@@ -355,12 +341,9 @@ def test_a_busy_server_that_names_no_time_gets_a_good_minute(server):
     ("answer", "reason"),
     [
         ((400, '{"error": {"code": "content_filter", "message": "filtered"}}'), "Error code: 400"),
-        ((500, "it crashed"), "Error code: 500"),
-        ((200, choice(None, finish_reason="stop")), "no content, finish reason stop"),
         ((200, choice("Half of", finish_reason="content_filter")), "reason content_filter"),
         ((200, '{"choices": []}'), "no chat completion"),
         ((200, "<html>"), "no chat completion"),
-        ((200, "{"), "no chat completion"),
         ((200, choice([1])), "no content"),
     ],
 )
@@ -370,13 +353,12 @@ def test_one_query_that_is_refused_for_good_is_recorded(server, tmp_path, answer
     records = ask(server, out=tmp_path / "out")
     assert [record["passages"] is None for record in records] == [False, True, False]
     assert reason in records[1]["error"]
-    before = len(server.seen)
+    asked = len(server.seen)
     assert ask(server, out=tmp_path / "out") == records
-    assert len(server.seen) == before
-    assert ask(server, out=tmp_path / "out", retries=1)[1]["attempt"] == 1
+    assert len(server.seen) == asked
 
 
-@pytest.mark.parametrize("status", [302, 401, 402, 403, 404, 400, 500, 503])
+@pytest.mark.parametrize("status", [302, 401, 403, 404, 400, 500, 503])
 def test_what_concerns_all_queries_stops_the_command(server, command, tmp_path, capsys, status):
     body = json.dumps({"error": {"message": "your key sk-secret is\n\x1b[31m wrong"}})
     server.answer = lambda text: (status, body, {"Location": "/elsewhere"})
@@ -388,10 +370,10 @@ def test_what_concerns_all_queries_stops_the_command(server, command, tmp_path, 
     assert not (tmp_path / "OUT").exists()
 
 
-def test_a_key_that_is_no_plain_word_is_refused_and_not_shown(monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "hush\nhush")
-    with pytest.raises(ValueError, match="^((?!hush).)*a plain OPENAI_API_KEY$"):
-        ServerGenerator("http://host/v1", "m")
+def test_a_server_that_is_not_there_stops_the_command(server):
+    server.url = "http://127.0.0.1:9/v1"
+    with pytest.raises(ValueError, match="Connection error"):
+        ask(server, ["one"])
 
 
 def test_the_committed_lists_are_what_is_asked_and_read_today():
@@ -401,11 +383,6 @@ def test_the_committed_lists_are_what_is_asked_and_read_today():
         for level, passage in (record["passages"] or {}).items():
             reply = record["reply"][3 - int(level)]
             assert prompts.read_reply("by-level", (level,), reply) == {level: passage}
-
-
-@pytest.mark.parametrize(("name", "count"), [("authored", 1260), ("smollm2-135m", 418)])
-def test_the_committed_lists_are_read(name, count):
-    assert len(load_lists([AUTHORED.with_name(f"{name}.jsonl")])) == count
 
 
 @pytest.mark.checkpoint

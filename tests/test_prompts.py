@@ -23,7 +23,6 @@ FORMS = [
     str(GOOD),
     f"Here it is:\n```json\n{JSON}\n```\nShall I write more?",
     json.dumps({"query": "a", "passages": TEXTS}, indent=4),
-    json.dumps([{"level": level, "passage": text} for level, text in GOOD.items()]),
     json.dumps({f"grade_{level}": {"text": text} for level, text in GOOD.items()}),
 ]
 LINES = [  # {0} the level, {1} the passage, {2} its meaning, {3} the level as a word
@@ -49,15 +48,16 @@ for line in LINES:
     parts = [line.format(n, GOOD[n], MEANINGS[n], NUMBERS[n]) for n in LEVELS]
     FORMS.append("\n".join(parts))
 REFUSED = [
-    ("", "found no level 3, 2, 1, 0"),
-    ('{"-1": "d"}', "found no level"),
+    ("", r"found no level \[3, 2, 1, 0\]"),
     ('{"3": "alpha", "2": "beta", "1": "gam', "or the reply is cut off"),
-    ('{"3": "alpha", "2": "beta"}', "found no level 1, 0"),
+    ('{"3": "alpha", "2": "beta"}', r"found no level \[1, 0\]"),
     ('{"3": "a", "3": "b", "2": "c", "1": "d", "0": "e"}', "level 3: stands there twice"),
     ("Level 3: a\nLevel 3: b\nLevel 2: c", "level 3: stands there twice"),
-    ('{"3": "...", "2": "b", "1": "c", "0": "d"}', "level 3: the passage is empty"),
-    ("Level 3: a\nLevel 2:\nLevel 1: c\nLevel 0: d", "level 2: the passage is empty"),
-    ('{"3": 7, "2": "b", "1": "c", "0": "d"}', "level 3: expected text, found int"),
+    (
+        '{"3": "...", "2": "b", "1": "c", "0": "d"}',
+        "level 3: expected a text with words, found '...'",
+    ),
+    ('{"3": 7, "2": "b", "1": "c", "0": "d"}', "level 3: expected a text with words, found 7"),
     ("x" * (prompts.LONGEST_REPLY + 1), "at most 20000 characters"),
 ]
 REASONING = [
@@ -105,10 +105,6 @@ def test_a_passage_is_one_line_without_markup():
 def test_numbers_in_a_passage_do_not_divide_it():
     reply = "Level 3: It took\n12 days.\n5. is not asked for\n2.5 litres\nLevel 2: b"
     assert parse_reply(reply, (3, 2))[3] == "It took 12 days. 5. is not asked for 2.5 litres"
-
-
-def test_what_closes_the_reply_is_no_passage():
-    assert parse_reply("Level 3: a\nLevel 2: b\n \nShall I write more?", (3, 2))[2] == "b"
 
 
 @pytest.mark.parametrize(("begin", "end"), REASONING)
@@ -175,7 +171,6 @@ def test_one_passage_has_at_most_ninety_words():
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("No.", "found 1"),
         ("word " * 50, "found 0"),
         ("A river. " * 9, "repeats itself"),
         ("河流很长。" * 9, "repeats itself"),
@@ -200,21 +195,11 @@ def test_other_scripts_have_other_words_and_full_stops(passage):
     assert read_reply("by-level", (2,), f"{passage} {passage[:7]}") == {2: passage.strip()}
 
 
-def test_the_plan_for_all_levels_explains_each():
-    _, user = prompts.messages("all-levels", LEVELS, "why", {})
-    assert re.findall(r"(?m)^\d", user["content"]) == ["3", "2", "1", "0"]
-
-
 def test_the_plan_by_level_shows_the_query_for_the_best_level_only():
     drawn = {"neighbour": "old bread", "unrelated": "why is the sky blue"}
     chats = [prompts.messages("by-level", (n,), "why do cats purr", drawn) for n in LEVELS]
     shown = [re.split(": |about ", user["content"])[-1] for _, user in chats]
     assert shown == ["why do cats purr", "cats purr", "old bread", "why is the sky blue"]
-
-
-def test_an_unknown_plan_is_refused():
-    with pytest.raises(ValueError, match="plan: expected one of all-levels, by-level"):
-        prompts.calls("from-answer")
 
 
 @pytest.mark.parametrize(
@@ -224,7 +209,6 @@ def test_an_unknown_plan_is_refused():
         ("usb-c vs. micro-usb", "usb-c micro-usb"),
         ("what does it do", "what does it do"),
         ("日本の首都", "日本の首都"),
-        ("???", "???"),
     ],
 )
 def test_a_topic_is_the_content_words(query, topic):
@@ -240,10 +224,3 @@ def test_unrelated_queries_share_no_content_word():
 @pytest.mark.parametrize("pool", [["lonely query"], ["the query", "lonely sea"]])
 def test_without_a_free_query_one_of_the_kits_is_drawn(pool):
     assert prompts.draw("lonely query", pool, 0)["unrelated"] in prompts.UNRELATED
-
-
-def test_a_drawing_depends_on_the_seed():
-    pool = ["why is the sky blue", "cat food", "old rivers"]
-    first, again, other = [prompts.draw("bread dough", pool, seed) for seed in (1, 1, 4)]
-    assert first == again
-    assert first != other
