@@ -6,12 +6,13 @@ temperature that `fit_temperature` finds on their own lists before training.
 
 import random
 from dataclasses import dataclass, replace
-from pathlib import Path
+from itertools import product
 
 from repro.data import (
     AUTHORED,
     Collection,
-    GradedList,
+    Lists,
+    Place,
     as_collection,
     load_beir,
     load_lists,
@@ -21,10 +22,9 @@ from repro.recipes import combine, real_lists, recipe
 
 BATCH = 16  # lists in one loss
 SPLIT_SEED, HELD_OUT, QUESTIONS = 0, 0.1, 150  # development: a share of authored lists; WikiQA's
-RELEASED_RATE = 1e-5
 
 
-@dataclass(frozen=True)
+@dataclass
 class Start:
     """Where arms begin, and what all of them share there."""
 
@@ -35,11 +35,11 @@ class Start:
 
 STARTS = {
     "base": Start(rates=(1e-4, 2e-4, 4e-4, 8e-4), seeds=5, steps=350),
-    "all-minilm-l6-v2": Start(rates=(RELEASED_RATE,), seeds=3, steps=None),
+    "all-minilm-l6-v2": Start(rates=(1e-5,), seeds=3, steps=None),  # as released
 }
 
 
-@dataclass(frozen=True)
+@dataclass
 class Arm:
     """One way of training: the lists, the loss, and what an ablation changes."""
 
@@ -49,7 +49,7 @@ class Arm:
     ties: str = "spread"
     label_temperature: float = 1.0
     multiple: float = 1.0  # of the fitted temperature
-    queries: int | None = None  # None: all
+    queries: int = 0  # 0: all
     tuned_as: str = ""  # the main arm whose learning rate an ablation takes
 
 
@@ -78,72 +78,72 @@ LADDER = (
     ("KL", "1-D W", "loss: 1-D W"),
 )
 FOUR = ("InfoNCE", "KL", "Gaussian W2", "1-D W")
-MULTIPLES, LABEL_TEMPERATURES, COUNTS = (0.25, 0.5, 2.0, 4.0), (0.3, 0.5, 2.0), (100, 300, 1000)
 ABLATION_SEEDS, ABLATION_START = 3, "base"
-
-
-def changed(name: str, label: str, **fields: object) -> Arm:
-    """An ablation of a main arm: some fields changed, its learning rate kept."""
-    return replace(BY_NAME[name], name=f"{name}, {label}", tuned_as=name, **fields)
-
-
-ABLATIONS = {
-    "temperature": [
-        changed(name, f"{multiple:g} x temperature", multiple=multiple)
-        for multiple in MULTIPLES
-        for name in FOUR
-    ],
-    "label temperature": [
-        changed(name, f"label temperature {value:g}", label_temperature=value)
-        for value in LABEL_TEMPERATURES
-        for name in FOUR[1:]
-    ],
-    "queries": [
-        changed(name, f"{count} queries", queries=count) for count in COUNTS for name in FOUR
-    ],
+# {group: (the field that it changes, how it calls a changed arm, the values, the main arms)}
+CHANGES = {
+    "temperature": ("multiple", "{}, {:g} x temperature", (0.25, 0.5, 2.0, 4.0), FOUR),
+    "label temperature": (
+        "label_temperature",
+        "{}, label temperature {:g}",
+        (0.3, 0.5, 2.0),
+        FOUR[1:],  # InfoNCE has none
+    ),
+    "queries": ("queries", "{}, {} queries", (100, 300, 1000), FOUR),
 }
 
 
-@dataclass(frozen=True)
+def changed(group: str) -> list[Arm]:
+    """A group of ablations: main arms with one field changed and their learning rate kept."""
+    field, words, values, names = CHANGES[group]
+    return [
+        replace(BY_NAME[name], name=words.format(name, value), tuned_as=name, **{field: value})
+        for value, name in product(values, names)
+    ]
+
+
+ABLATIONS = {group: changed(group) for group in CHANGES}
+
+
+@dataclass
 class Sources:
     """The lists that arms train on, and the development data.  No test judgment is in here."""
 
-    authored: list[GradedList]
-    same_questions: list[GradedList]
-    real: dict[int, list[GradedList]]  # by seed: one annotated positive and two others are drawn
+    authored: Lists
+    same_questions: Lists
+    real: list[Lists]  # by seed: one annotated positive and two others are drawn
     development: list[Collection]
 
 
-def load_sources(wikiqa: str | Path, seeds: int) -> Sources:
+def load_sources(wikiqa: Place, seeds: int) -> Sources:
     """Read the kit's lists and WikiQA's train split.
 
     Development data: held-out authored lists, and WikiQA train questions, which no arm trains on,
     over all its sentences.
     """
-    authored, held_out = split_lists(load_lists([AUTHORED]), HELD_OUT, SPLIT_SEED)
-    same_questions = load_lists([AUTHORED.with_name("wikiqa-graded.jsonl")], wikiqa)
-    by_seed = {seed: real_lists(wikiqa, seed=seed) for seed in range(seeds)}
-    used = {item.id for item in same_questions}
-    free = sorted(item.id for item in by_seed[0] if item.id not in used)
-    kept_out = set(random.Random(SPLIT_SEED).sample(free, min(QUESTIONS, len(free) // 2)))
+    authored, held_out = split_lists(load_lists(AUTHORED), HELD_OUT, SPLIT_SEED)
+    same_questions = load_lists(AUTHORED.with_name("wikiqa-graded.jsonl"), wikiqa)
     corpus, queries, qrels = load_beir(wikiqa, "train")
-    questions = {query: qrels[query] for query in sorted(kept_out)}
-    real = {}
-    for seed, lists in by_seed.items():
-        real[seed] = [item for item in lists if item.id not in kept_out]
-    development = [as_collection(held_out), (corpus, queries, questions)]
+    by_seed = [real_lists(wikiqa, seed=seed) for seed in range(seeds)]
+    free = {item.id for item in by_seed[0]} - {item.id for item in same_questions}
+    questions = sorted(random.Random(SPLIT_SEED).sample(sorted(free), QUESTIONS))
+    real = []
+    for lists in by_seed:
+        real.append([item for item in lists if item.id not in questions])
+    judged = {question: qrels[question] for question in questions}
+    development = [as_collection(held_out), (corpus, queries, judged)]
     return Sources(authored, same_questions, real, development)
 
 
-def arm_lists(arm: Arm, sources: Sources, seed: int) -> list[GradedList]:
+def arm_lists(arm: Arm, sources: Sources, seed: int) -> Lists:
     """The lists of an arm in one run; what a recipe draws, it draws with the run's seed."""
-    if arm.lists == "real":
-        return sources.real[seed]
-    if arm.lists == "same questions":
-        return sources.same_questions
-    if arm.lists == "synthetic + real":
-        return combine(sources.same_questions, sources.real[seed])
+    match arm.lists:
+        case "real":
+            return sources.real[seed]
+        case "same questions":
+            return sources.same_questions
+        case "synthetic + real":
+            return combine(sources.same_questions, sources.real[seed])
     lists = sources.authored
-    if arm.queries is not None:
+    if arm.queries:
         lists = random.Random(seed).sample(lists, arm.queries)
     return recipe(lists, arm.lists, seed)

@@ -19,12 +19,6 @@ def one_line(text: object, most: int = 300) -> str:
     return " ".join(printable.split())[:most]
 
 
-def bad(where: object, expected: str, found: object) -> ValueError:
-    """The error "WHERE: expected EXPECTED, found FOUND", with FOUND as Python shows it."""
-    shown = one_line(repr(found), 80)
-    return ValueError(f"{where}: expected {expected}, found {shown}")
-
-
 @contextmanager
 def naming(what: object, *kinds: type[Exception]) -> Iterator[None]:
     """Make errors of these kinds a ValueError that says in front what failed."""
