@@ -8,7 +8,7 @@ import sys
 import tempfile
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +43,11 @@ class _Console:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> None:
-        try:
+        with suppress(OSError):
             self.stream.write(text)
+
+    def flush(self) -> None:
+        try:
             self.stream.flush()
         except OSError:  # Python would try again when it ends, and end with another exit code
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
@@ -55,19 +58,22 @@ def run_command(work: Callable[[], object]) -> int:
 
     0, or 2 with a sentence on stderr (bad input, files, memory), or 130 after Ctrl-C.
     """
+    code = 0
     with redirect_stdout(_Console(sys.stdout)), redirect_stderr(_Console(sys.stderr)):
         try:
             work()
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr)
-            return 130
+            code = 130
         except Exception as error:
             out_of_memory = type(error).__name__ == "OutOfMemoryError"  # torch's, not imported here
             if not (out_of_memory or isinstance(error, ValueError | OSError)):
                 raise
             print(f"error: {one_line(error, 1000)}", file=sys.stderr)
-            return 2
-    return 0
+            code = 2
+        sys.stdout.flush()
+        sys.stderr.flush()
+    return code
 
 
 def options(module: str, argv: list[str] | None, *kinds: type) -> tuple[Any, ...]:
