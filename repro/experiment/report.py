@@ -158,8 +158,10 @@ def tuning_table(trials: dict[str, dict]) -> str:
 
 
 def measured(runs: pd.DataFrame) -> list[str]:
-    """The starts that have runs."""
-    return [start for start in STARTS if (runs["start"] == start).any()]
+    """The starts from which every main arm was run; a part of the arms gives no verdicts."""
+    arms = runs.groupby("start")["arm"].agg(set)
+    needed = {arm.name for arm in MAIN}
+    return [start for start in STARTS if needed <= arms.get(start, set())]
 
 
 def summary(runs: pd.DataFrame) -> str:
@@ -181,7 +183,7 @@ def summary(runs: pd.DataFrame) -> str:
 
 def page(runs: pd.DataFrame, records: list[dict], tuning: dict) -> str:
     """The whole page."""
-    done = f"Run so far from {' and '.join(measured(runs))}, of the starts {' and '.join(STARTS)}."
+    done = f"All arms were run from {', '.join(measured(runs))}, of the starts {', '.join(STARTS)}."
     parts = ["# Results", ASKED, done, summary(runs), LIMITS, "## How a verdict is made", RULE]
     for start in measured(runs):
         parts += [f"## From `{start}`", claims_table(runs, start)]
