@@ -54,9 +54,13 @@ def verdict(found: Comparison | None, p: float) -> str:
     """The rule, on the corrected p; what fits first counts."""
     if found is None:
         return "not measured"
+    if p <= LEVEL and found.difference > 0:
+        return "holds"
     if p <= LEVEL:
-        return "holds" if found.difference > 0 else "reversed"
-    return "no gain of .01" if found.high < WORTHWHILE else "undecided"
+        return "reversed"
+    if found.high < WORTHWHILE:
+        return "no gain of .01"
+    return "undecided"
 
 
 def means(runs: pd.DataFrame, start: str, *by: str) -> pd.Series:
