@@ -4,17 +4,18 @@ The difference is tested query by query: a paired permutation test (if the two s
 coin could have decided which of them got which value of a query) and a bootstrap interval.
 """
 
-import argparse
 import json
-import sys
-from collections.abc import Mapping
+from argparse import ArgumentParser
 from pathlib import Path
-from statistics import fmean
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
+from scipy.stats import bootstrap
 
-from repro.support.files import one_line, run_command
+from repro.support.files import naming, one_line, run_command
+
+SAMPLES = 9_999  # which scipy's bootstrap draws too
 
 
 class Comparison(NamedTuple):
@@ -27,89 +28,79 @@ class Comparison(NamedTuple):
     queries: int
 
 
-def compare(
-    differences: Mapping[str, Mapping[str, float]], seed: int = 0, resamples: int = 10_000
-) -> Comparison:
+def mean_of_means(*rows: np.ndarray, axis: int = -1) -> np.ndarray:
+    """Rows (..., n) of each collection -> (...,): every collection weighs the same."""
+    return sum(row.mean(axis) for row in rows) / len(rows)
+
+
+def compare(differences: dict, seed: int = 0) -> Comparison:
     """Paired comparison from {collection: {query: score of one system - score of the other}}.
 
     difference: mean over collections of the mean over queries.  p, two-sided: each query's sign is
-    flipped by a coin; (count + 1) / (resamples + 1), count = samples at least as far from 0
+    flipped by a coin; (count + 1) / (9,999 + 1), count = samples at least as far from 0
     (stratified paired permutation test).  low, high: percentiles 2.5 and 97.5, queries drawn anew
     in collections (bootstrap).  The order of collections and of queries does not matter.  Raises
     ValueError for no collection, one with fewer than 2 queries, or a value that is not finite.
     """
-    rows = []
-    for _, found in sorted(differences.items()):
-        rows.append(np.array([found[query] for query in sorted(found)], float))
-    if not rows or not all(len(row) > 1 and np.isfinite(row).all() for row in rows):
+    rows = [np.sort(list(found.values())) for _, found in sorted(differences.items())]
+    if min(map(len, rows), default=0) < 2 or not np.isfinite(mean_of_means(*rows)):
         raise ValueError("expected a collection or more, each with 2 or more finite differences")
+    difference = float(mean_of_means(*rows))
+    shares = np.concatenate([row / len(row) / len(rows) for row in rows])  # they add up to it
     rng = np.random.default_rng(seed)
-    flipped = np.zeros(resamples)
-    drawn = np.zeros(resamples)
-    for row in rows:
-        for part in np.array_split(np.arange(resamples), -(-resamples // 500)):  # for memory
-            signs = rng.integers(0, 2, (len(part), len(row)), dtype=np.int8) * 2 - 1
-            flipped[part] += signs @ row / len(row) / len(rows)
-            chosen = rng.integers(0, len(row), signs.shape)
-            drawn[part] += row[chosen].mean(axis=1) / len(rows)
-    difference = fmean(row.mean() for row in rows)
-    count = (np.abs(flipped) >= abs(difference) - 1e-12).sum()  # equal but for rounding is equal
-    p = float((count + 1) / (resamples + 1))
-    low, high = np.quantile(drawn, (0.025, 0.975)).tolist()
-    return Comparison(difference, low, high, p, sum(map(len, rows)))
+    sums = [difference]  # what was found is a sample too
+    for _ in range(SAMPLES):
+        signs = rng.choice((-1, 1), len(shares))
+        sums.append(shares @ signs)
+    as_far = np.abs(sums) >= abs(difference) - 1e-12  # equal but for rounding is equal
+    # So many at a time, for memory.
+    drawn = bootstrap(rows, mean_of_means, method="percentile", batch=500, rng=rng)
+    low, high = map(float, drawn.confidence_interval)
+    p = float(as_far.mean())
+    return Comparison(difference, low, high, p, len(shares))
 
 
-def holm(p_values: Mapping[Any, float]) -> dict[Any, float]:
+def holm(p_values: dict) -> dict:
     """Holm-adjusted p values: of m sorted ones, the i-th becomes the maximum over j <= i of
     min(1, (m - j + 1) p_j)."""
-    order = sorted(p_values, key=p_values.__getitem__)
-    scaled = [(len(order) - n) * p_values[name] for n, name in enumerate(order)]
-    adjusted = np.maximum.accumulate(np.minimum(scaled, 1))
-    return dict(zip(order, adjusted.tolist(), strict=True))
+    p = pd.Series(p_values).sort_values()
+    scaled = p * np.arange(len(p), 0, -1)
+    return scaled.clip(upper=1).cummax().to_dict()
 
 
-def read_values(path: Path, measure: str) -> tuple[str, dict[str, float]]:
+def read_values(path: Path, measure: str) -> tuple:
     """(collection and split, {query: value}) of a record.  Raises ValueError if it is none."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+    with naming(f"{path}: expected a record with {measure} per query"):
+        record = json.loads(path.read_bytes())
         values = {query: float(row[measure]) for query, row in record["per_query"].items()}
         return f"{record['collection']} ({record['split']})", values
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(
-            f"{path}: expected a record with {measure} per query, but {reason}"
-        ) from error
 
 
 def command(a: Path, b: Path, measure: str) -> None:
     """Compare two records and print one line."""
     collection, ours = read_values(a, measure)
     other, theirs = read_values(b, measure)
-    if collection != other:
-        raise ValueError(f"{a} is of {collection} and {b} of {other}: expected one collection")
-    if ours.keys() != theirs.keys():
-        raise ValueError(f"{a} and {b}: expected the same queries in both")
-    found = compare({collection: {query: ours[query] - theirs[query] for query in ours}})
-    interval = f"95 % interval {found.low:+.4f} to {found.high:+.4f}"
+    if (collection, ours.keys()) != (other, theirs.keys()):
+        raise ValueError(
+            f"{a} is of {collection} and {b} of {other}: "
+            "expected one collection and the same queries in both"
+        )
+    gaps = {query: ours[query] - theirs[query] for query in ours}
+    difference, low, high, p, queries = compare({collection: gaps})
     print(
-        f"{measure} of A - B on {one_line(collection)}: {found.difference:+.4f}, {interval}, ",
-        end="",
+        f"{measure} of A - B on {one_line(collection)}: {difference:+.4f},",
+        f"95 % interval {low:+.4f} to {high:+.4f}, p = {p:.4f}, {queries} queries",
     )
-    print(f"p = {found.p:.4f}, {found.queries} queries")
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line: 0, or 2 with one sentence on stderr."""
-    parser = argparse.ArgumentParser(prog="python -m repro.compare", description=__doc__)
-    add = parser.add_argument
-    add("a", type=Path, metavar="A.json", help="what python -m repro.evaluate --out wrote")
-    add(
-        "b", type=Path, metavar="B.json", help="the same of another model; its values are taken off"
-    )
-    add("--measure", default="ndcg@10", help="one that both have")
-    options = vars(parser.parse_args(argv))
-    return run_command(lambda: command(**options))
+    parser = ArgumentParser("python -m repro.compare", description=__doc__)
+    parser.add_argument("record", nargs=2, type=Path, help="of evaluate --out: A, B, of A - B")
+    parser.add_argument("--measure", default="ndcg@10", help="one that both have")
+    asked = parser.parse_args(argv)
+    return run_command(lambda: command(*asked.record, asked.measure))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -14,12 +14,10 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
-from repro.support.files import naming
+from repro.support.files import Place, naming
 from repro.support.models import hub_folder
 
 AUTHORED = Path(__file__).parents[1] / "cached_prompts/authored.jsonl"  # lists that ship
@@ -36,44 +34,44 @@ class GradedList:
     grades: list[int]
 
 
-Place = str | Path
 Lists = list[GradedList]
-Texts = dict[str, str]  # {id: text}
-Qrels = dict[str, dict[str, int]]  # {query id: {passage id: grade}}
-Pairs = list[tuple[int, str]]  # (grade, passage); empty if there is nothing to learn from
-Found = dict[tuple[str, str], Pairs]  # {(id, query): pairs}
-Collection = tuple[Texts, Texts, Qrels]  # corpus, queries, qrels
+Texts = dict  # {id: text}
+Qrels = dict  # {query id: {passage id: grade}}
+Collection = tuple  # corpus, queries, qrels
 
 
-def read_lines(path: Place) -> Iterator[tuple[str, str]]:
+def read_lines(path: Place) -> Iterator:
     """Yield ("path:number", line) of a UTF-8 text file, plain or .gz.
 
     Lines come without outer space, and blank ones not at all.
     Raises ValueError if the file is missing, unreadable, damaged or not UTF-8.
     """
     opener = gzip.open if str(path).endswith(".gz") else open
-    failures = (OSError, EOFError, zlib.error)
-    with naming(f"{path}: cannot be read", *failures), opener(path, "rb") as file:
+    with (
+        naming(f"{path}: cannot be read", OSError, EOFError, zlib.error),
+        opener(path, "rb") as file,
+    ):
         for number, raw in enumerate(file, start=1):
-            with naming(f"{path}:{number}: expected UTF-8 text", UnicodeDecodeError):
+            where = f"{path}:{number}"
+            with naming(f"{where}: expected UTF-8 text", UnicodeDecodeError):
                 line = raw.decode("utf-8-sig").strip()  # Windows starts files with a mark
             if line:
-                yield f"{path}:{number}", line
+                yield where, line
 
 
-def read_jsonl(path: Place) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_jsonl(path: Place) -> Iterator:
     """Yield ("path:number", object) of a JSON-lines file, plain or .gz.
 
     Raises ValueError for a line that is not one object, and where `read_lines` does.
     """
     for where, line in read_lines(path):
-        with naming(f"{where}: expected one JSON object", ValueError, TypeError, RecursionError):
+        with naming(f"{where}: expected one JSON object"):
             row = dict(json.loads(line))
             json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is no text
         yield where, row
 
 
-def text_field(row: dict[str, Any], field: str, where: str, empty: bool = False) -> str:
+def text_field(row: dict, field: str, where: str, empty: bool = False) -> str:
     """The text in `row[field]` without outer space; a whole number (an id) becomes text.
 
     Raises ValueError naming `where` and the field; blank text is one only with `empty`.
@@ -94,7 +92,7 @@ def as_grade(value: str, where: str) -> int:
         return max(0, int(value.removesuffix(".0")))
 
 
-def report_unusable(place: Place, items: list[str], of: int, why: str) -> None:
+def report_unusable(place: Place, items: list, of: int, why: str) -> None:
     """Say on stderr how many of a place's `of` items cannot be used, and name the first three.
 
     Raises ValueError if none is left.
@@ -151,14 +149,14 @@ def _qrels(path: Path) -> Qrels:
     """
     qrels = {}
     for where, line in read_lines(path):
-        fields = re.split(r"\s*\t\s*", line)
-        if len(fields) not in (2, 3):
+        fields = re.split(r"\s*\t\s*", f"{line}\t1")
+        if len(fields) not in (3, 4):
             raise ValueError(
                 f"{where}: expected query-id, corpus-id, score and tabs, found {line!r:.80}"
             )
         if fields[0] == "query-id":
             continue
-        query, passage, score = [*fields, "1"][:3]
+        query, passage, score = fields[:3]
         grade = as_grade(score, f"{where}: field 'score'")
         earlier = qrels.setdefault(query, {}).setdefault(passage, grade)
         if earlier != grade:
@@ -180,61 +178,48 @@ def load_beir(
     texts = _texts(queries_from or path_or_hub_id, "queries")
     qrels = _qrels(find_file(path_or_hub_id, f"qrels/{split}.tsv"))
     unasked = [query for query in qrels if not texts.get(query)]
-    why = "judged queries have no text, left out"
-    report_unusable(path_or_hub_id, unasked, len(qrels), why)
+    report_unusable(path_or_hub_id, unasked, len(qrels), "judged queries have no text, left out")
     for query in unasked:
         del qrels[query]
     corpus = _texts(path_or_hub_id, "corpus")
     judged = set().union(*qrels.values())
     missing = sorted(judged.difference(corpus))
-    why = "judged passages are not in the corpus, never found"
-    report_unusable(path_or_hub_id, missing, len(judged), why)
+    report_unusable(
+        path_or_hub_id, missing, len(judged), "judged passages are not in the corpus, never found"
+    )
     return corpus, {query: texts[query] for query in qrels}, qrels
 
 
-def _graded(passages: Any, where: str) -> Pairs:
-    """(grade, passage) pairs of {"3": text, "0": [text, text], ...}."""
-    if not isinstance(passages, dict) or len(passages) < 2:
-        raise ValueError(f"{where}: expected 2 or more grades, found {passages!r:.60}")
-    pairs = []
-    for name, value in passages.items():
-        grade = as_grade(name, where)
-        texts = value if isinstance(value, list) else [value]
-        pairs += [(grade, text_field({name: text}, name, where)) for text in texts]
-    return pairs
-
-
-def _from_file(path: Path, queries_from: Place | None) -> Found:
-    texts = _texts(queries_from, "queries") if queries_from else {}
-    asked = {}
+def _from_file(path: Path, queries_from: Place | None) -> dict:
+    """{(id, query): (grade, passage) pairs} of a file of lists."""
+    queries = _texts(queries_from, "queries") if queries_from else {}
     found = {}
     for where, row in read_jsonl(path):
         row.setdefault("id", f"{path.stem}-{where.rpartition(':')[2]}")
         key = text_field(row, "id", where)
-        row.setdefault("query", texts.get(key))
+        row.setdefault("query", queries.get(key))
         query = text_field(row, "query", f"{where}, or {key!r} in --queries")
         plain = " ".join(query.casefold().split()).encode()
         sha256 = hashlib.sha256(plain).hexdigest()
         if row.get("query_sha256", sha256) != sha256:
             raise ValueError(f"{where}: field 'query_sha256': {key!r} has another query there")
-        asked[key, query] = []
-        if row.get("passages"):
-            found[key, query] = _graded(row["passages"], f"{where}: field 'passages'")
-    return found | asked | found  # first what has passages, in this order
-
-
-def _from_collection(place: str, queries_from: Place | None) -> Found:
-    corpus, queries, qrels = load_beir(place, "train", queries_from)
-    found = {}
-    for key, query in queries.items():
-        judged = qrels[key].items()
-        found[key, query] = [
-            (grade, corpus[passage]) for passage, grade in judged if passage in corpus
-        ]
+        found.setdefault((key, query), [])
+        graded = row.get("passages")
+        if not graded:
+            continue
+        where = f"{where}: field 'passages'"
+        if not isinstance(graded, dict) or len(graded) < 2:
+            raise ValueError(f"{where}: expected 2 or more grades, found {graded!r:.60}")
+        pairs = []
+        for name, value in graded.items():
+            grade = as_grade(name, where)
+            texts = value if isinstance(value, list) else [value]
+            pairs += [(grade, text_field({name: text}, name, where)) for text in texts]
+        found[key, query] = pairs
     return found
 
 
-def load_lists(paths: Iterable[Place] | Place, queries_from: Place | None = None) -> Lists:
+def load_lists(paths: Iterable | Place, queries_from: Place | None = None) -> Lists:
     """The graded lists of files and collections, passages best first.
 
     A file (.jsonl, .jsonl.gz) has lines {"query": text, "passages": {"3": text, "0": [text, ...]}},
@@ -246,7 +231,7 @@ def load_lists(paths: Iterable[Place] | Place, queries_from: Place | None = None
     A place named twice is read once; an id that an earlier list has gets its place's name in
     front.  Raises ValueError for a bad row, and for a place without lists.
     """
-    if isinstance(paths, str | Path):
+    if isinstance(paths, Place):
         paths = [paths]
     lists = {}
     for place in dict.fromkeys(map(str, paths)):
@@ -254,7 +239,11 @@ def load_lists(paths: Iterable[Place] | Place, queries_from: Place | None = None
         if path.is_file() or path.suffix in (".jsonl", ".gz"):
             found = _from_file(path, queries_from)
         else:
-            found = _from_collection(place, queries_from)
+            found = {}
+            corpus, queries, qrels = load_beir(place, "train", queries_from)
+            for key, query in queries.items():
+                judged = qrels[key].items()
+                found[key, query] = [(grade, corpus[p]) for p, grade in judged if p in corpus]
         left_out = []
         for (key, query), pairs in found.items():
             pairs.sort(key=lambda pair: -pair[0])  # passages of one grade keep their order
@@ -269,11 +258,11 @@ def load_lists(paths: Iterable[Place] | Place, queries_from: Place | None = None
     return list(lists.values())
 
 
-def split_lists(lists: Lists, share: float, seed: int) -> tuple[Lists, Lists]:
+def split_lists(lists: Lists, share: float, seed: int) -> tuple:
     """(rest, held out): a seeded `share` (0 to 1) of the lists is set aside to choose settings."""
     drawn = random.Random(seed).sample(lists, len(lists))[: round(share * len(lists))]
     rest = [item for item in lists if item not in drawn]
-    return rest, [item for item in lists if item in drawn]
+    return rest, sorted(drawn, key=lists.index)
 
 
 def as_collection(lists: Lists) -> Collection:
@@ -301,10 +290,11 @@ class Batch:
 def collate(lists: Lists) -> Batch:
     """Stack lists into one batch; k is the longest list's length."""
     rows = [torch.tensor(item.grades) for item in lists]
-    grades = pad_sequence(rows, batch_first=True, padding_value=-1)
+    grades = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
     k = grades.shape[1]
     passages = []
     for item in lists:
-        passages += item.passages + [""] * (k - len(item.passages))
+        padded = item.passages + [""] * k
+        passages += padded[:k]
     queries = [item.query for item in lists]
     return Batch(queries, passages, grades.clamp(min=0).float(), grades >= 0)

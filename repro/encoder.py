@@ -5,14 +5,12 @@ vectors.  A model is saved as a sentence-transformers folder, see `repro.support
 """
 
 import hashlib
-import json
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import trange
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -25,7 +23,7 @@ BLOCK = 1024  # texts in one file of kept vectors: half a minute of work on two 
 WORTH_A_FILE = 64  # texts; fewer are sooner computed again
 PLAIN_LENGTH = 256  # tokens of a text for a plain transformer, as released
 Texts = list[str]
-KEPT: dict[str, dict[str, Tensor]] = {}  # {settings: {prompt + text: mean vector (hidden,)}}
+KEPT = {}  # {settings: {prompt + text: mean vector (hidden,)}}
 
 
 class BiEncoder(nn.Module):
@@ -54,14 +52,14 @@ class BiEncoder(nn.Module):
         centre: Tensor | None = None,
         projection: Tensor | None = None,
         max_length: int | None = PLAIN_LENGTH,
-        prompts: dict[str, str] | None = None,
+        prompts: dict | None = None,
     ) -> None:
         super().__init__()
         model.config.use_cache = False  # a causal model would keep keys that nobody reads
         model.pooler = None  # BERT's is not part of e(x), and DDP wants a gradient for all
+        model.requires_grad_(projection is None)
         self.model = model
         self.tokenizer = tokenizer
-        self.pad = tokenizer.pad_token_id or 0
         self.pooling = pooling
         self.normalise = normalise
         self.max_length = max_length
@@ -69,8 +67,6 @@ class BiEncoder(nn.Module):
         self.register_buffer("token_weights", token_weights)
         self.register_buffer("centre", centre)
         self.projection = None if projection is None else nn.Parameter(projection)
-        if self.frozen:
-            model.requires_grad_(False)
 
     @property
     def device(self) -> torch.device:
@@ -81,20 +77,16 @@ class BiEncoder(nn.Module):
         """Whether only a linear map trains."""
         return self.projection is not None
 
-    def trainable(self) -> list[nn.Parameter]:
-        """What training changes: the linear map, or else every weight of the transformer."""
-        return [self.projection] if self.frozen else list(self.model.parameters())
-
-    def prompted(self, texts: Texts, kind: str) -> list[str]:
+    def prompted(self, texts: Texts, kind: str) -> Texts:
         """The prompt of `kind` (query or passage) in front of each text; ValueError for others."""
         if isinstance(texts, str) or kind not in self.prompts:
-            found = f"{type(texts).__name__} of kind {kind!r}"
-            raise ValueError(f"expected a list of texts of kind query or passage, found {found}")
+            raise ValueError(
+                "expected a list of texts of kind query or passage, "
+                f"found {type(texts).__name__} of kind {kind!r}"
+            )
         return [self.prompts[kind] + text for text in texts]
 
-    def forward(
-        self, queries: Texts, passages: Texts, chunk: int | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, queries: Texts, passages: Texts, chunk: int | None = None) -> tuple:
         """(n, d) and (m, d) embeddings with gradient, in one call, as DDP wants one a step.
 
         With `chunk`, so many texts are embedded at a time and only their embeddings are kept; the
@@ -105,7 +97,7 @@ class BiEncoder(nn.Module):
     def embed(self, texts: Texts, kind: str, chunk: int | None = None) -> Tensor:
         """(n, d) embeddings with gradient."""
         if self.frozen:
-            means = self.mean_vectors(texts, kind).to(self.device)
+            means = self.mean_vectors(texts, kind)
         else:
             rows = ROWS_ON_CPU if self.device.type == "cpu" else len(texts)
             means = self._means(self.prompted(texts, kind), chunk or rows, chunk is not None)
@@ -117,46 +109,44 @@ class BiEncoder(nn.Module):
         With gradient.  With `again` the states are not kept for it but computed once more.
         """
         cut = self.max_length is not None
-        rows_of_ids = self.tokenizer(texts, truncation=cut, max_length=self.max_length)["input_ids"]
-        ids = [row or [self.pad] for row in rows_of_ids]  # a text has at least one
-        lengths = torch.tensor([len(row) for row in ids])
-        order = lengths.argsort(descending=True, stable=True)  # too large a batch fails at once
-        parts = []
-        for some in order.split(rows):
-            part = [ids[row] for row in some]
-            if again:
-                parts.append(checkpoint(self._mean, part, use_reentrant=False))
-            else:
-                parts.append(self._mean(part))
+        encoded = self.tokenizer(texts, truncation=cut, max_length=self.max_length)
+        ids = [row or [self.tokenizer.pad_token_id] for row in encoded.input_ids]
+        # The longest first: too large a batch fails at once.
+        order = torch.tensor([-len(row) for row in ids]).argsort(stable=True)
+        step = self._mean
+        if again:
+            step = partial(checkpoint, step, use_reentrant=False)
+        parts = [step([ids[row] for row in some]) for some in order.split(rows)]
         return torch.cat(parts)[order.argsort()]
 
-    def _mean(self, ids: list[list[int]]) -> Tensor:
+    def _mean(self, ids: list) -> Tensor:
         """(n, hidden) weighted means of the last layer's states, float32."""
-        rows = [torch.tensor(row) for row in ids]
-        ones = [torch.ones_like(row) for row in rows]
-        padded = pad_sequence(rows, True, self.pad).to(self.device)  # (n, L), filled on the right
-        mask = pad_sequence(ones, True).to(self.device)
-        hidden = self.model(input_ids=padded, attention_mask=mask).last_hidden_state
+        padded = self.tokenizer.pad(
+            {"input_ids": ids},
+            padding_side="right",
+            return_attention_mask=True,
+            return_tensors="pt",
+        ).to(self.device)  # (n, L) each
+        hidden = self.model(**padded).last_hidden_state.float()  # (n, L, hidden)
+        if self.pooling == "cls":
+            return hidden[:, 0]
+        weights = padded.attention_mask.float()
+        if self.token_weights is not None:
+            weights = weights * self.token_weights[padded.input_ids]
+        total = weights.sum(1, keepdim=True).clamp(min=1e-9)  # sentence-transformers' guard
         with torch.autocast(self.device.type, enabled=False):  # the mean stays in float32
-            hidden = hidden.float()  # (n, L, hidden)
-            weights = mask.float()
-            if self.pooling == "cls":
-                return hidden[:, 0]
-            if self.token_weights is not None:
-                weights = weights * self.token_weights[padded]
-            total = weights.sum(dim=1, keepdim=True).clamp(min=1e-9)  # sentence-transformers' guard
-            return (weights.unsqueeze(1) @ hidden).squeeze(1) / total
+            return torch.einsum("nl,nlh->nh", weights, hidden) / total
 
     def _finish(self, vectors: Tensor) -> Tensor:
-        """(n, hidden) means -> (n, d) embeddings."""
-        with torch.autocast(self.device.type, enabled=False):
-            if self.centre is not None:
-                vectors = vectors - self.centre
-            if self.projection is not None:
-                vectors = vectors @ self.projection.T  # (n, m)
-            if self.normalise:
-                vectors = nn.functional.normalize(vectors, dim=1)
-            return vectors
+        """(n, hidden) means -> (n, d) embeddings, on the encoder's device."""
+        vectors = vectors.to(self.device)
+        if self.centre is not None:
+            vectors = vectors - self.centre
+        if self.frozen:
+            vectors = vectors @ self.projection.T  # (n, m)
+        if self.normalise:
+            vectors = nn.functional.normalize(vectors, dim=1)
+        return vectors
 
     @torch.no_grad()
     def encode(
@@ -164,7 +154,7 @@ class BiEncoder(nn.Module):
     ) -> Tensor:
         """(n, d) embeddings of query or passage texts, float32, on the CPU, in the order given."""
         means = self.mean_vectors(texts, kind, batch_size, progress)
-        return self._finish(means.to(self.device)).cpu()
+        return self._finish(means).cpu()
 
     @torch.no_grad()
     def mean_vectors(
@@ -179,46 +169,47 @@ class BiEncoder(nn.Module):
         if not texts:
             return torch.empty(0, self.model.config.hidden_size)
         kept = KEPT.setdefault(self._settings(), {}) if self.frozen else {}
-        was_training = self.training
-        self.eval()  # no dropout
+        was_training = self.model.training
+        self.model.eval()  # no dropout
         unique = list(dict.fromkeys(texts))
         for first in trange(0, len(unique), BLOCK, desc=f"encode {kind}", disable=not progress):
             block = unique[first : first + BLOCK]
-            if not kept.keys() >= set(block):
+            if set(block) - kept.keys():
                 kept.update(zip(block, self._block(block, batch_size), strict=True))
-        self.train(was_training)
+        self.model.train(was_training)
         return torch.stack([kept[text] for text in texts])
 
     def _block(self, texts: Texts, batch_size: int) -> Tensor:
         """(n, hidden) mean vectors, on the CPU, from their file if they are to be kept on disk."""
-
-        def build(folder: Path) -> None:
-            np.save(folder / "vectors.npy", self._means(texts, batch_size).cpu())
-
         if not self.frozen or len(texts) < WORTH_A_FILE:
             return self._means(texts, batch_size).cpu()
-        content = json.dumps([self._settings(), texts])
+        content = f"{self._settings()} {texts}"
         name = hashlib.sha256(content.encode()).hexdigest()
-        folder = cached(f"vectors/{name}", build)
+        folder = cached(
+            f"vectors/{name}",
+            lambda new: np.save(new / "vectors.npy", self._means(texts, batch_size).cpu()),
+        )
         return torch.from_numpy(np.load(folder / "vectors.npy"))
 
     def _settings(self) -> str:
         """All that a frozen transformer's mean vectors depend on, but for the texts."""
-        cut = f"{self.max_length} {self.tokenizer.truncation_side}"
-        return f"{self._fingerprint} {self.pooling} {cut} {self.model.dtype} {self.device}"
+        return (
+            f"{self._fingerprint} {self.tokenizer.split_special_tokens} "
+            f"{self.tokenizer.pad_token_id} {self.max_length} {self.tokenizer.truncation_side} "
+            f"{self.pooling} {self.model.dtype} {self.device}"
+        )
 
     @cached_property
     def _fingerprint(self) -> str:
         """Hex sha256 of tokenizer, config and weights; computed once, as none of them trains."""
-        tokenizer = json.loads(self.tokenizer.backend_tokenizer.to_str())
-        tokenizer |= {"truncation": None, "padding": None}  # left there by an earlier call
-        config = {**self.model.config.to_dict(), "_name_or_path": ""}  # wherever it lies
-        parts = [tokenizer, self.tokenizer.split_special_tokens, self.pad, config]
-        content = json.dumps(parts, sort_keys=True, default=str)
+        tokenizer = self.tokenizer.backend_tokenizer
+        tokenizer.no_truncation()  # an earlier call leaves its own there
+        tokenizer.no_padding()
+        content = tokenizer.to_str() + self.model.config.to_json_string()
         digest = hashlib.sha256(content.encode())
         for name, weight in self.state_dict().items():
             if name not in ("centre", "projection"):
-                digest.update(weight.cpu().flatten().view(torch.uint8).numpy())
+                digest.update(weight.cpu().float().flatten().numpy())
         return digest.hexdigest()
 
     def save(self, folder: str | Path) -> Path:
@@ -227,23 +218,29 @@ class BiEncoder(nn.Module):
 
     @classmethod
     def load(
-        cls, path_or_name: str | Path, device: str = "auto", dtype: str = "float32"
+        cls,
+        path_or_name: str | Path,
+        device: str = "auto",
+        dtype: str = "float32",
+        query_prompt: str | None = None,
+        passage_prompt: str | None = None,
     ) -> "BiEncoder":
         """A sentence-transformers folder or plain checkpoint, a built-in name, "base", a hub id.
 
-        A plain transformer gets mean pooling and raw dot products, as Contriever has them.  Raises
-        ValueError if it cannot be loaded or asks for what this kit does not have.
+        A plain transformer gets mean pooling and raw dot products, as Contriever has them.  With
+        dtype "auto" a model with a linear map is float32, since its vectors are kept.  A prompt
+        that is not None takes the place of the model's own.  Raises ValueError if it cannot be
+        loaded or asks for what this kit does not have.
         """
+        from repro.support.start import base_folder  # here, since it is built with this class
+
         target = pick_device(device)
         number_format = pick_dtype(dtype, target, encoding=True)
         name = str(path_or_name)
-        if name == "base":
-            from repro.support import start  # here, since it is built with this class
-
-            folder = start.base_folder()
-        else:
-            folder = model_folder(name)
+        folder = base_folder() if name == "base" else model_folder(name)
         options, root = read_folder(folder)
+        if dtype == "auto" and "projection" in options:
+            number_format = torch.float32
         model = load_pretrained(root, name=name, dtype=number_format)
         tokenizer = load_pretrained(root, AutoTokenizer, name)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -251,6 +248,10 @@ class BiEncoder(nn.Module):
         if "pooling" not in options:
             longest = min(longest, PLAIN_LENGTH)
         options["max_length"] = text_limit(model, longest)
+        if query_prompt is not None:
+            options["prompts"]["query"] = query_prompt
+        if passage_prompt is not None:
+            options["prompts"]["passage"] = passage_prompt
         return cls(model, tokenizer, **options).to(target).eval()
 
 
@@ -261,25 +262,10 @@ def text_limit(model: PreTrainedModel, asked: int) -> int | None:
     1e9 (so tokenizers write "endless") is no limit, as are the positions of models that count
     distances, such as T5.
     """
-    positions = getattr(model.config, "max_position_embeddings", None)
-    embeddings = getattr(model, "embeddings", None)
-    table = getattr(embeddings, "position_embeddings", None)
+    positions = getattr(model.config, "max_position_embeddings", 0)
+    table = dict(model.named_modules()).get("embeddings.position_embeddings")
     padding = getattr(table, "padding_idx", None)
     if padding is not None:
-        positions = table.num_embeddings - padding - 1
-    finite = [limit for limit in (asked, positions) if limit and 1 <= limit < 1e9]
+        positions -= padding + 1
+    finite = [limit for limit in (asked, positions) if 1 <= limit < 1e9]
     return min(finite, default=None)
-
-
-def set_dropout(model: PreTrainedModel, p: float) -> None:
-    """Let a transformer drop each unit with probability `p` in training; 0 drops none.
-
-    Sets every `nn.Dropout`, the numbers named dropout that attention layers read for themselves,
-    and those of the config, so that a saved model says what it was trained with.
-    """
-    for module in [*model.modules(), model.config]:
-        if isinstance(module, nn.Dropout):
-            module.p = p
-        for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
-                setattr(module, name, p)

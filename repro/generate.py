@@ -8,22 +8,19 @@ import hashlib
 import json
 import os
 import random
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import openai
 import torch
-from tqdm import tqdm
+from tqdm import trange
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from repro import prompts
-from repro.data import AUTHORED, read_jsonl, read_lines, report_unusable, text_field
-from repro.support.files import check_output, naming, one_line, options, run_command
+from repro.data import AUTHORED, Place, read_jsonl, read_lines, report_unusable, text_field
+from repro.support.files import check_output, command_line, naming, one_line
 from repro.support.models import load_pretrained, model_folder, pick_device, pick_dtype
-
-Jobs = list[tuple]  # (chat, the name that seeds its reply)
 
 
 @dataclass(frozen=True)
@@ -40,7 +37,6 @@ class Job:
     model: built-in name, folder, hub id; of a server its name there
     base-url: an OpenAI-compatible server, e.g. http://127.0.0.1:8000/v1; key in OPENAI_API_KEY
     device, dtype: where and in which numbers a local model computes
-    no-chat-template: send the prompt as plain text
 
     max-new-tokens: of a passage
     temperature, top-p, top-k: how tokens are drawn; top-k 0 means from all
@@ -53,6 +49,11 @@ class Job:
     retries: int = 0
     batch_size: int = 64
 
+    def __post_init__(self) -> None:
+        prompts.calls(self.plan)  # raises ValueError for another
+        if min(self.limit, self.retries + 1, self.batch_size) < 1:
+            raise ValueError("expected --retries >= 0, and --limit and --batch-size >= 1")
+
 
 @dataclass(frozen=True)
 class Source:
@@ -63,7 +64,6 @@ class Source:
     base_url: str = ""
     device: str = "auto"
     dtype: str = "auto"
-    no_chat_template: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,17 @@ class Sampling:
     top_k: int = 50
 
     def __post_init__(self) -> None:
-        fits = self.max_new_tokens >= 1 and self.temperature >= 0 and self.top_k >= 0
-        if not (fits and 0 < self.top_p <= 1):
-            expected = "max_new_tokens >= 1, temperature and top_k >= 0, 0 < top_p <= 1"
-            raise ValueError(f"expected {expected}, found {self}")
+        fits = (
+            self.max_new_tokens >= 1
+            and self.temperature >= 0
+            and self.top_k >= 0
+            and 0 < self.top_p <= 1
+        )
+        if not fits:
+            raise ValueError(
+                "expected max_new_tokens >= 1, temperature and top_k >= 0, 0 < top_p <= 1, "
+                f"found {self}"
+            )
 
 
 def seed_of(name: str) -> int:
@@ -88,7 +95,7 @@ def seed_of(name: str) -> int:
 
 
 def draw_tokens(scores: torch.Tensor, noise: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """Logits (B, V) -> 0 at the token that a row draws with its noise (B,) in [0, 1), else -inf.
+    """Logits (B, V) -> the same, but inf at the token that a row draws with its noise (B,) < 1.
 
     What is added up is float64 and on the CPU, as the noise is: Apple's GPUs lack float64.
     """
@@ -98,31 +105,20 @@ def draw_tokens(scores: torch.Tensor, noise: torch.Tensor, sampling: Sampling) -
     mass = mass.cpu().double()
     kept = mass.cumsum(-1) - mass < sampling.top_p
     cumulative = (mass * kept).cumsum(-1)
-    drawn = (cumulative <= noise[:, None] * cumulative[:, -1:]).sum(-1, keepdim=True)  # inverse CDF
+    drawn = torch.searchsorted(cumulative, noise[:, None] * cumulative[:, -1:], right=True)
     tokens = tokens.gather(-1, drawn.to(tokens.device))
-    return torch.full_like(scores, -torch.inf).scatter_(1, tokens, 0.0)
+    return scores.scatter(-1, tokens, torch.inf)
 
 
 class LocalGenerator:
-    """A local causal language model, by built-in name, folder or hub id.
+    """A local causal language model, by built-in name, folder or hub id."""
 
-    `plain` sends the prompt without a chat template.
-    """
-
-    def __init__(
-        self,
-        name: str = "smollm2-135m",
-        device: str = "auto",
-        dtype: str = "auto",
-        plain: bool = False,
-    ) -> None:
+    def __init__(self, name: str, device: str = "auto", dtype: str = "auto") -> None:
         folder = model_folder(name)
         self.name = folder.name if folder == Path(name) else name  # no folders in the records
-        self.plain = plain
         place = pick_device(device)
         number = pick_dtype(dtype, place)
         self.tokenizer = load_pretrained(folder, AutoTokenizer, name)
-        self.tokenizer.pad_token = self.tokenizer.eos_token
         self.model = load_pretrained(folder, AutoModelForCausalLM, name, dtype=number).to(place)
         config = self.model.config.get_text_config()
         self.context = getattr(config, "max_position_embeddings", 10**9)
@@ -130,15 +126,13 @@ class LocalGenerator:
         end = self.tokenizer.eos_token_id
         ends = self.model.generation_config.eos_token_id or end
         ends = ends if isinstance(ends, list) else [ends]
+        self.tokenizer.pad_token_id = end
         # All that stays of the model's own settings: a record names the others.
-        settings = GenerationConfig(eos_token_id=[end, *ends], pad_token_id=end)
-        self.model.generation_config = settings
+        self.model.generation_config = GenerationConfig(eos_token_id=[end, *ends], pad_token_id=end)
 
-    def prompt(self, chat: list[dict]) -> list[int]:
+    def prompt(self, chat: list) -> list:
         """Token ids of a chat, ready for the model's turn."""
         text = "\n\n".join(turn["content"] for turn in chat)
-        if self.plain:
-            return self.tokenizer(text + "\n\n")["input_ids"]
         for turns in (chat, [{"role": "user", "content": text}]):  # some refuse a system's turn
             try:
                 return self.tokenizer.apply_chat_template(
@@ -146,28 +140,27 @@ class LocalGenerator:
                 )
             except Exception as error:  # there is none, or whatever the model's own code does
                 reason = one_line(error)
-        raise ValueError(f"{self.name}: its chat template fails; --no-chat-template? {reason}")
+        raise ValueError(f"{self.name}: its chat template fails: {reason}")
 
-    @torch.inference_mode()
-    def reply(self, jobs: Jobs, sampling: Sampling) -> list[str]:
-        """One reply a job, as one batch that is padded on the left."""
+    def reply(self, jobs: list, sampling: Sampling) -> list:
+        """One reply a job (chat, name that seeds it), as one batch that is padded on the left."""
         asked = [self.prompt(chat) for chat, _ in jobs]
-        rows = [torch.Generator().manual_seed(seed_of(name)) for _, name in jobs]
-
-        def draw(_: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-            noise = [torch.rand(1, generator=row, dtype=torch.float64) for row in rows]
-            return draw_tokens(scores, torch.cat(noise), sampling)
-
         padded = self.tokenizer.pad({"input_ids": asked}, padding_side="left", return_tensors="pt")
+        rows = [torch.Generator().manual_seed(seed_of(name)) for _, name in jobs]
+        most = sampling.max_new_tokens
+        noise = [torch.rand(most, generator=row, dtype=torch.float64) for row in rows]
+        steps = iter(torch.stack(noise, dim=1))
         made = self.model.generate(
             **padded.to(self.model.device),
-            max_new_tokens=sampling.max_new_tokens,
-            logits_processor=[draw],
+            max_new_tokens=most,
+            logits_processor=[lambda _, scores: draw_tokens(scores, next(steps), sampling)],
         )
         replies = made[:, padded["input_ids"].shape[1] :]
         replies = self.tokenizer.batch_decode(replies, skip_special_tokens=True)
-        if prompts.in_reasoning(self.tokenizer.decode(asked[0][-8:])):
-            replies = ["<think>" + reply for reply in replies]  # the template wrote the mark
+        try:
+            prompts.answer(self.tokenizer.decode(asked[0][-8:]))
+        except prompts.ReplyError:  # the template has begun the reasoning
+            replies = ["<think>" + reply for reply in replies]
         return replies
 
 
@@ -187,17 +180,17 @@ class ServerGenerator:
         http_client = openai.DefaultHttpxClient(follow_redirects=False, trust_env=False)
         if not url.startswith("http"):
             raise ValueError(f"--base-url: expected http(s)://HOST:PORT/v1, found {url}")
-        with naming("--base-url", Exception):
+        with naming("--base-url"):
             self.client = openai.OpenAI(
                 base_url=url, api_key=self.key, max_retries=14, timeout=300, http_client=http_client
             )
 
-    def reply(self, jobs: Jobs, sampling: Sampling) -> list:
-        """What `one` returns for each job, 8 at a time."""
+    def reply(self, jobs: list, sampling: Sampling) -> list:
+        """What `one` returns for each job (chat, name that seeds it), 8 at a time."""
         with ThreadPoolExecutor(8) as pool:
             return list(pool.map(lambda job: self.one(*job, sampling), jobs))
 
-    def one(self, chat: list[dict], name: str, sampling: Sampling) -> str | Exception:
+    def one(self, chat: list, name: str, sampling: Sampling) -> str | Exception:
         """A reply; else a ReplyError, or a ConnectionError that says nothing about the query.
 
         Raises ValueError for a status that every query would get: a redirect, 401, 402, 403, 404.
@@ -213,26 +206,26 @@ class ServerGenerator:
                 top_p=sampling.top_p,
                 extra_body=more,
             )
-            text = done.choices[0].message.content
-            end = done.choices[0].finish_reason
+            choice = done.choices[0]
+            text = choice.message.content
         except openai.OpenAIError as error:
             reason = one_line(str(error).replace(self.key, "***"))
             status = getattr(error, "status_code", 503)  # without: no answer
             if status < 405 and status != 400:
                 raise ValueError(reason) from None
-            busy = status in (429, 503)
-            return ConnectionError(reason) if busy else prompts.ReplyError(reason)
+            kind = ConnectionError if status in (429, 503) else prompts.ReplyError
+            return kind(reason)
         except Exception:  # whatever a foreign server's JSON makes of it
             return prompts.ReplyError("the server's answer is no chat completion")
-        if end == "content_filter" or not isinstance(text, str):
-            return prompts.ReplyError(f"no content, finish reason {end}")
+        if choice.finish_reason == "content_filter" or not isinstance(text, str):
+            return prompts.ReplyError(f"no content, finish reason {choice.finish_reason}")
         return text
 
 
 Writer = LocalGenerator | ServerGenerator
 
 
-def read_queries(path: str | Path) -> dict[str, str]:
+def read_queries(path: Place) -> dict:
     """{id: query} of a BEIR queries file, of graded lists, or of a .txt with one a line; also .gz.
 
     Without an id, line 7 is `q00007`.  A query or an id that stood there before is left out, which
@@ -249,183 +242,176 @@ def read_queries(path: str | Path) -> dict[str, str]:
         number = where.rpartition(":")[2]
         row.setdefault("id", row.get("_id", f"q{number:0>5}"))
         key = text_field(row, "id", where)
-        query = text_field(row, "query" if "query" in row else "text", where)
+        field = "query" if "query" in row else "text"
+        query = text_field(row, field, where)
         query = " ".join(query.split())
         if key in queries or query.lower() in seen:
             repeated.append(where)
         else:
             queries[key] = query
             seen.add(query.lower())
-    why = "queries or ids stood there before and are left out"
-    report_unusable(path, repeated, len(queries) + len(repeated), why)
+    report_unusable(
+        path,
+        repeated,
+        len(queries) + len(repeated),
+        "queries or ids stood there before and are left out",
+    )
     return queries
 
 
-def plan_records(
-    queries: dict, generator: Writer, plan: str, seed: int, limit: int, sampling: Sampling
-) -> tuple[dict, dict]:
-    """({id: record to be made}, longest prompt first, and {setting: value} that all of them have).
+def plan_records(queries: dict, generator: Writer, job: Job, sampling: Sampling) -> dict:
+    """{id: record to be made}, in an order drawn with the seed.
 
     A query that does not fit into the model is left out, which stderr says.
     """
     pool = list(queries.values())
-    keys = list(queries)
-    random.Random(seed).shuffle(keys)
-    settings = {
-        "prompt_version": prompts.PROMPT_VERSION,
-        "plan": plan,
-        "generator": generator.name,
-    }
-    parameters = {"levels": [*prompts.LEVELS], **asdict(sampling)}
-    planned = []
+    items = list(queries.items())
+    random.Random(job.seed).shuffle(items)
+    planned = {}
     large = []
-    for key in keys[:limit]:
-        query = queries[key]
-        drawn = prompts.draw(query, pool, seed) if plan == "by-level" else {}
-        chats = [prompts.messages(plan, asked, query, drawn) for asked in prompts.calls(plan)]
+    for key, query in items[: job.limit]:
+        drawn = prompts.draw(query, pool, job.seed) if job.plan == "by-level" else {}
+        calls = prompts.calls(job.plan)
+        chats = [prompts.messages(job.plan, asked, query, drawn) for asked in calls]
         length = max(len(generator.prompt(chat)) for chat in chats)
-        record = {"id": key, "query": query, **settings}
-        record |= {"parameters": parameters | {"drawn": drawn}, "seed": seed}
         if length + sampling.max_new_tokens > generator.context:
             large.append(key)
-        else:
-            planned.append((-length, key, record))
-    reason = f"do not fit into the model's {generator.context} tokens and are left out"
-    report_unusable("queries", large, len(large) + len(planned), reason)
-    records = {key: record for _, key, record in sorted(planned)}
-    return records, settings | parameters | {"seed": seed}
+            continue
+        planned[key] = {
+            "id": key,
+            "query": query,
+            "prompt_version": prompts.PROMPT_VERSION,
+            "plan": job.plan,
+            "generator": generator.name,
+            "parameters": {"levels": [*prompts.LEVELS], **vars(sampling), "drawn": drawn},
+            "seed": job.seed,
+        }
+    report_unusable(
+        "queries",
+        large,
+        len(large) + len(planned),
+        f"do not fit into the model's {generator.context} tokens and are left out",
+    )
+    return planned
 
 
-def read_records(path: str | Path, records: dict, settings: dict) -> None:
-    """Put what a file has already into `records`; the torn last line of a stopped command is cut.
+def read_records(path: Place, planned: dict) -> dict:
+    """{id: last record in a file}; the torn last line of a stopped command is cut.
 
-    Raises ValueError for anything but records of this command, with these settings and queries.
+    Raises ValueError for anything but planned records.  What was drawn is taken from the file: it
+    depends on all queries, and some may have been added.
     """
-    raw = Path(path).read_bytes()
-    whole = raw.rfind(b"\n") + 1
-    with naming(f"{path}: expected records of this very command", ValueError, TypeError, KeyError):
-        for line in raw[:whole].splitlines():
+    whole, end, torn = Path(path).read_bytes().rpartition(b"\n")
+    records = {}
+    with naming(f"{path}: expected records of this very command"):
+        for line in whole.splitlines():
             record = json.loads(line)
             key = record["id"]
-            there = record | record["parameters"]
-            expected = settings | {"query": records.get(key, record)["query"]}
-            for name, value in expected.items():
-                if there[name] != value:
-                    raise ValueError(f"it has {name} {there[name]!r}, this run has {value!r}")
-            if key in records:
-                records[key] = record
-        if not b'{"id": '.startswith(raw[whole : whole + 7]):
+            if key not in planned:
+                raise ValueError(f"it has id {key!r}, which is not planned")
+            plan = planned[key]
+            plan["parameters"]["drawn"] = record["parameters"]["drawn"]
+            found = record["parameters"] | record
+            expected = plan["parameters"] | plan
+            for field, value in expected.items():
+                if found[field] != value:
+                    raise ValueError(f"it has {field} {found[field]!r}, this run has {value!r}")
+            records[key] = record
+        if not b'{"id": '.startswith(torn[:7]):
             raise ValueError("its last line is none")
-    os.truncate(path, whole)
+    os.truncate(path, len(whole + end))
+    return records
 
 
-def ask_batch(generator: Writer, batch: list[dict], sampling: Sampling) -> None:
-    """Fill in reply, passages and error; a record with an error is asked for no further level.
+def ask_batch(generator: Writer, batch: list, attempt: int, sampling: Sampling) -> None:
+    """Fill in attempt, reply, passages and error; after an error no further level is asked for.
 
     Raises ValueError if none gets an answer, or all of more than one are refused at their first
     attempt: the rest would fare no better.
     """
+    for record in batch:
+        record.update(attempt=attempt, reply=[], passages={}, error=None)
     plan = batch[0]["plan"]
     for asked in prompts.calls(plan):
-        going = [record for record in batch if record["error"] is None]
+        going = [record for record in batch if not record["error"]]
         if not going:
             return
         jobs = []
         for record in going:
             chat = prompts.messages(plan, asked, record["query"], record["parameters"]["drawn"])
-            name = f"{record['seed']}|{record['id']}|{record['attempt']}|{asked}"
+            name = f"{record['seed']}|{record['id']}|{attempt}|{asked}"
             jobs.append((chat, name))
         replies = generator.reply(jobs, sampling)
         kinds = {type(reply) for reply in replies}
-        first = len(jobs) > 1 and batch[0]["attempt"] == 0
+        first = attempt == 0 and len(jobs) > 1
         if kinds == {ConnectionError} or (first and str not in kinds):
             raise ValueError(f"all queries of a batch failed: {replies[0]}")
         for record, reply in zip(going, replies, strict=True):
             try:
-                if isinstance(reply, Exception):
+                if not isinstance(reply, str):
                     raise reply
                 record["reply"] = reply if plan == "all-levels" else [*record["reply"], reply]
-                found = prompts.read_reply(plan, asked, reply)
-                found = {str(level): found[level] for level in asked}
-                record["passages"] = record["passages"] | found
+                for level, passage in prompts.read_reply(plan, asked, reply).items():
+                    record["passages"][str(level)] = passage
             except (prompts.ReplyError, ConnectionError) as error:
-                record |= {"passages": None, "error": str(error)}
-
-
-def append(batch: list, path: Path) -> None:
-    """Add records to a file, in one piece."""
-    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in batch]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab") as file:
-        file.write("".join(lines).encode(errors="replace"))  # half a surrogate pair is no text
+                record.update(passages=None, error=str(error))
 
 
 def generate(
-    queries: Sequence[str] | dict,
+    queries: dict,
     generator: Writer,
-    *,
-    plan: str = "by-level",
-    seed: int = 0,
-    limit: int = 10**9,
-    retries: int = 0,
-    batch_size: int = 64,
+    out: Place = "",
     sampling: Sampling = Sampling(),
-    out: str | Path = "",
-) -> list[dict]:
-    """One record a query (text, or {id: text}), in their order; what is too long is left out.
+    **settings: object,
+) -> list:
+    """One record a query of {id: text}, in their order; what is too long is left out.
 
-    Of more than `limit` queries so many are drawn with the seed; a larger limit holds a smaller
-    one.  A reply that cannot be read gives `passages` None and the reason in `error`; it is asked
-    again, up to `retries` times, with new seeds.  What is in the file `out` is not made again.
-    Raises ValueError, before any work, for what does not fit, and later for what `ask_batch` does.
+    The settings are those of `Job`: plan, seed, limit, retries, batch_size.  Of more than `limit`
+    queries so many are drawn with the seed; a larger limit holds a smaller one.  A reply that
+    cannot be read gives `passages` None and the reason in `error`; it is asked again, up to
+    `retries` times, with new seeds.  What is in the file `out` is not made again.
+    Raises ValueError, before any work, for what does not fit, and later if a server fails or
+    refuses a whole batch.
     """
-    if not isinstance(queries, dict):
-        queries = {f"q{number:05d}": query for number, query in enumerate(queries, start=1)}
-    most = sampling.max_new_tokens * len(prompts.calls(plan)[0])
+    job = Job(out, **settings)
+    most = sampling.max_new_tokens * len(prompts.calls(job.plan)[0])
     sampling = replace(sampling, max_new_tokens=most)
-    records, settings = plan_records(queries, generator, plan, seed, limit, sampling)
+    records = plan_records(queries, generator, job, sampling)
     if os.path.exists(out):
-        read_records(out, records, settings)
-    for attempt in range(retries + 1):
-        unasked = {"attempt": attempt, "reply": [], "passages": {}, "error": None}
+        records |= read_records(out, records)
+    for attempt in range(job.retries + 1):
         pending = [
-            record | unasked
+            record
             for record in records.values()
             if record.get("attempt", -1) < attempt and record.get("error", "not asked")
         ]
-        for start in tqdm(range(0, len(pending), batch_size), disable=None):
-            batch = pending[start : start + batch_size]
-            ask_batch(generator, batch, sampling)
+        for start in trange(0, len(pending), job.batch_size, disable=None):
+            batch = pending[start : start + job.batch_size]
+            ask_batch(generator, batch, attempt, sampling)
             if out:
-                append(batch, Path(out))
-            records |= {record["id"]: record for record in batch}
+                Path(out).parent.mkdir(parents=True, exist_ok=True)
+                lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in batch]
+                with open(out, "ab") as file:  # half a surrogate pair is no text
+                    file.write("".join(lines).encode(errors="replace"))
     return [records[key] for key in queries if key in records]
 
 
 def run(job: Job, source: Source, sampling: Sampling) -> None:
     """Do what the command line asks for."""
-    prompts.calls(job.plan)  # raises ValueError for another
-    if min(job.limit, job.retries + 1, job.batch_size) < 1:
-        raise ValueError("expected --retries >= 0, and --limit and --batch-size >= 1")
     out = check_output(job.out, overwrite=True)  # what is there is gone on with
     queries = read_queries(source.queries)
     if source.base_url:
         generator = ServerGenerator(source.base_url, source.model)
     else:
-        generator = LocalGenerator(
-            source.model, source.device, source.dtype, source.no_chat_template
-        )
+        generator = LocalGenerator(source.model, source.device, source.dtype)
     records = generate(queries, generator, sampling=sampling, **vars(job) | {"out": out})
-    failed = [f"failed: {record['id']}: {record['error']}" for record in records if record["error"]]
+    failed = [record for record in records if record["error"]]
     print(f"{out}: {len(records) - len(failed)} of {len(records)} have passages")
-    for reason in failed[:3]:
-        print(one_line(reason))
+    for record in failed[:3]:
+        print(one_line(f"failed: {record['id']}: {record['error']}"))
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Command line; see --help."""
-    return run_command(lambda: run(*options("repro.generate", argv, Job, Source, Sampling)))
-
+main = command_line(run, Job, Source, Sampling)
 
 if __name__ == "__main__":
     raise SystemExit(main())

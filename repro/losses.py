@@ -51,7 +51,7 @@ def infonce(
     the first of equals; all others are equally wrong.  Gradient by a row's scores: (P - onehot) /
     temperature.  A row of grades 0 is left out of the mean; without any other row the loss is 0.
     """
-    x, _, grades = _logits(scores, labels, temperature, 1.0, mask)
+    x, grades, _ = _logits(scores, labels, temperature, 1.0, mask)
     best, positive = grades.max(1)  # (B,), (B,)
     losses = torch.nn.functional.cross_entropy(x, positive, reduction="none")  # (B,)
     judged = best > 0
@@ -114,8 +114,8 @@ def wasserstein_1d(
     if ties == "spread":
         first = torch.searchsorted(depth, depth)  # (B, N), where a passage's grade begins
         last = torch.searchsorted(depth, depth, right=True)
-        rank = torch.arange(x.shape[1], device=x.device) - first
-        depth = depth + rank.to(depth) / (last - first)
+        rank = torch.arange(x.shape[1]).to(depth) - first
+        depth = depth + rank / (last - first)
     surplus = x.softmax(1) - z.softmax(1)  # (B, N), P - T
     above = surplus.gather(1, order).cumsum(1)[:, :-1]  # (B, N-1), the surplus above each gap
     return (depth.diff() * above.abs()).sum(1).mean()
@@ -135,15 +135,13 @@ def wasserstein_gaussian(
 
     The B rows of P are samples of one N-dimensional Gaussian, those of T of another; covariances
     divide by B - 1 (by 1 at B = 1).  With A, C the centred rows of P, T, the cross term is the
-    nuclear norm of A C^T / (B - 1), (B, B).  In float64.  Only mean and covariance are seen:
-    permute the rows of P = T, so that each query ranks another's passages, and loss and gradient
-    stay 0.  Distributed training must gather the batch first.
+    nuclear norm of A C^T / (B - 1), (B, B).  In float64 on the CPU, as Apple's GPUs lack it.  Only
+    mean and covariance are seen: permute the rows of P = T, so that each query ranks another's
+    passages, and loss and gradient stay 0.  Distributed training must gather the batch first.
     """
     x, z, _ = _logits(scores, labels, temperature, label_temperature, mask)
-    if x.device.type == "mps":  # Apple's GPUs lack float64
-        x, z = x.cpu(), z.cpu()
-    p = x.double().softmax(1)  # (B, N)
-    t = z.double().softmax(1)
+    p = x.cpu().double().softmax(1)  # (B, N)
+    t = z.cpu().double().softmax(1)
     samples = max(len(p) - 1, 1)
     a = p - p.mean(0)
     c = t - t.mean(0)
@@ -157,10 +155,15 @@ def wasserstein_gaussian(
     return (shift + spread - 2 * overlap).to(x)
 
 
-LOSSES = {loss.__name__: loss for loss in (infonce, kl, wasserstein_1d, wasserstein_gaussian)}
+LOSSES = {
+    "infonce": infonce,
+    "kl": kl,
+    "wasserstein_1d": wasserstein_1d,
+    "wasserstein_gaussian": wasserstein_gaussian,
+}
 
 
-def fit_temperature(loss: Callable[..., Tensor], batches: Iterable[tuple[Tensor, ...]]) -> float:
+def fit_temperature(loss: Callable, batches: Iterable) -> float:
     """The temperature at which the batches' scores have the least mean loss.
 
     `loss(scores, labels, temperature=..., mask=...)`; a batch is (scores, labels) or (scores,
@@ -193,11 +196,13 @@ def fit_temperature(loss: Callable[..., Tensor], batches: Iterable[tuple[Tensor,
 
 def _logits(
     scores: Tensor, labels: Tensor, temperature: float, label_temperature: float, mask: Mask
-) -> tuple[Tensor, ...]:
+) -> tuple:
     """What the softmaxes of P and T take, and the grades: (B, N) each, of checked arguments."""
-    shapes = scores.shape, labels.shape
     if scores.ndim != 2 or scores.shape != labels.shape:
-        raise ValueError(f"scores and expand_labels(labels): expected one shape, found {shapes}")
+        raise ValueError(
+            "scores and expand_labels(labels): expected one shape, "
+            f"found {tuple(scores.shape)} and {tuple(labels.shape)}"
+        )
     for value in (temperature, label_temperature):
         if not 0 < value < math.inf:
             raise ValueError(
@@ -205,7 +210,7 @@ def _logits(
             )
     # At least float32: bfloat16 loses small targets.
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    grades = labels.to(scores.dtype)
+    grades = labels.to(scores)
     x = scores / temperature
     z = grades / label_temperature
     if mask is None:
@@ -213,8 +218,7 @@ def _logits(
     absent = ~mask.bool().expand_as(scores)
     if absent.all(1).any():
         raise ValueError("mask: expected a passage in every row, found a row without one")
-    # Of this exp gives exactly 0, and unlike -inf it leaves logarithms finite.
-    nothing = torch.finfo(x.dtype).min
+    nothing = -1e38  # its exp is exactly 0, and unlike -inf it leaves logarithms finite
     x = x.masked_fill(absent, nothing)
     z = z.masked_fill(absent, nothing)
     # Below every passage: padding shares no grade, and its place on the line costs nothing.

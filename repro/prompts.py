@@ -10,7 +10,6 @@ import ast
 import json
 import random
 import re
-from collections.abc import Sequence
 from itertools import pairwise
 
 PROMPT_VERSION = "sycl-v1"
@@ -20,7 +19,6 @@ SYSTEM = {
     "by-level": "You write short excerpts of web pages. "
     "Reply with one plain paragraph of 40 to 80 words.",
 }
-PLANS = tuple(SYSTEM)
 ASK = {  # the levels asked for in one call, and how
     LEVELS: """\
 Query: {query}
@@ -78,33 +76,45 @@ COMMON = """
 
 LONGEST_REPLY = 20_000  # characters, without reasoning
 LEAST, MOST = 15, 90  # words, where one passage is asked for
-# How a reply may name a level: group n + 1 is level n.
-LEVEL = (
-    r"(?:(?:relevance )?(?:level|grade|score|passage|rating)[ _:#-]*)?"
-    r"(?:(0|zero|irrelevant)|(1|one|(?:partially[ _-])?related)"
-    r"|(2|two|highly[ _-]relevant)|(3|three|perfectly[ _-]relevant))(?![^\W_])"
-)
-LABEL = (
-    rf"(?im)^ ?(?:[-*+•] |\d+[.)] )?[#>*_(\[ ]*{LEVEL}"  # "- **Level 3", "## Grade three", "[3"
-    r"(?:[ :().–—-]*(?:(?:perfectly|highly)[ -]relevant|(?:partially )?related|irrelevant)\b)?"
-    r"(?:[ *_:：.)\]=–—-]*[*:：.)\]=–—-](?!\w)|[ *_]*：| *$)"  # what divides it from the passage
-)
+# The patterns are verbose: [ ] is a space.  How a reply may name a level: group n + 1 is level n.
+LEVEL = r"""(?ix:
+    (?: (?:relevance[ ])? (?:level|grade|score|passage|rating) [ _:#-]* )?
+    (?: (0|zero|irrelevant)
+      | (1|one|(?:partially[ _-])?related)
+      | (2|two|highly[ _-]relevant)
+      | (3|three|perfectly[ _-]relevant)
+    ) (?![^\W_])
+)"""
+LABEL = rf"""(?imx:
+    ^[ ]? (?:[-*+•][ ] | \d+[.)][ ])? [#>*_(\[ ]*  # "- **Level 3", "## Grade three", "[3"
+    {LEVEL}
+    (?: [ :().–—-]* (?:(?:perfectly|highly)[ -]relevant|(?:partially[ ])?related|irrelevant)\b )?
+    (?: [ *_:：.)\]=–—-]* [*:：.)\]=–—-] (?!\w) | [ *_]*： | [ ]*$ )  # before the passage
+)"""
 # Marks around reasoning, as <think>, [THINK], ◁think▷, <|START_THINKING|>, <|channel|>analysis.
-THOUGHT = (
-    r"(?:think|thinking|thoughts?|reason|reasoning|reflection|analysis|scratchpad)(?:_\w{1,20})?"
-)
-REASONING_BEGINS = (
-    rf"(?i)<\|?(?:[\w:]{{0,20}}[_:])?{THOUGHT}(?: [^<>]{{0,80}})?\|?>|[\[◁]{THOUGHT}[\]▷]"
-    r"|<\|channel\|?>(?!final)|\Aanalysis(?=[a-z])"
-)
-REASONING_ENDS = (
-    rf"(?i)<\|?(?:/|end_)(?:[\w:]{{0,20}}[_:])?{THOUGHT} ?\|?>|[\[◁]/{THOUGHT}[\]▷]"
-    r"|<\|channel\|>final(?:<\|message\|>)?|<channel\|>|\Aanalysis(?s:.)*assistantfinal"
-)
-MARKUP = (  # fences, a line of -, *, _ or =, tags around an answer, a model's own tokens
-    r"`{3,}[ \t]*[a-zA-Z]*|~{3,}|(?m:^[ \t]*[-*_=]{3,}[ \t]*$)"
-    r"|(?i:</?(?:answer|response|output|final|solution)>)|<\|\w+\|>"
-)
+THOUGHT = r"""(?x:
+    (?:think|thinking|thoughts?|reason|reasoning|reflection|analysis|scratchpad)
+    (?:_\w{1,20})?
+)"""
+REASONING_BEGINS = rf"""(?ix:
+    <\|? (?:[\w:]{{0,20}}[_:])? {THOUGHT} (?:[ ][^<>]{{0,80}})? \|?>
+    | [\[◁] {THOUGHT} [\]▷]
+    | <\|channel\|?> (?!final)
+    | \Aanalysis(?=[a-z])
+)"""
+REASONING_ENDS = rf"""(?ix:
+    <\|? (?:/|end_) (?:[\w:]{{0,20}}[_:])? {THOUGHT} [ ]?\|?>
+    | [\[◁]/ {THOUGHT} [\]▷]
+    | <\|channel\|>final(?:<\|message\|>)?
+    | <channel\|>
+    | \Aanalysis(?s:.)*assistantfinal
+)"""
+MARKUP = r"""(?x:
+    `{3,}[ \t]*[a-zA-Z]* | ~{3,}  # fences
+    | (?m:^[ \t]*[-*_=]{3,}[ \t]*$)  # a line between paragraphs
+    | (?i:</?(?:answer|response|output|final|solution)>)
+    | <\|\w+\|>  # a model's own tokens
+)"""
 UNPRINTABLE = r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]|\*\*|__"  # control characters, half pairs, bold
 QUOTED = r"(?s)\A(?:\"([^\"]*)\"|'([^']*)'|“([^“]*)”|\*([^*]*)\*)\Z"
 # A first line of at most 19 words that ends with a colon: "Here is a paragraph:".
@@ -126,7 +136,7 @@ def topic(query: str) -> str:
     return " ".join(content) or query.strip()
 
 
-def draw(query: str, pool: Sequence[str], seed: int) -> dict[str, str]:
+def draw(query: str, pool: list, seed: int) -> dict:
     """{"neighbour": a side of half of its words, "unrelated": a query without a common word}.
 
     The unrelated query is one of `pool` if 40 draws find one, else one of UNRELATED.
@@ -139,63 +149,53 @@ def draw(query: str, pool: Sequence[str], seed: int) -> dict[str, str]:
     neighbour = rng.choice(FACETS).format(part=part)
 
     own = {word.lower() for word in words}
-    draws = 40 if len(pool) > 1 else 0
-    others = [rng.choice(pool) for _ in range(draws)]
+    others = [rng.choice(pool) for _ in range(40)]
     others = [text for text in others if own.isdisjoint(topic(text).lower().split())]
-    if not others:
-        free = [text for text in UNRELATED if own.isdisjoint(text.split())]
-        others = [rng.choice(free or UNRELATED)]
+    free = [text for text in UNRELATED if own.isdisjoint(text.split())]
+    others = others or [rng.choice(free or UNRELATED)]
     return {"neighbour": neighbour, "unrelated": others[0]}
 
 
-def calls(plan: str) -> list[tuple[int, ...]]:
+def calls(plan: str) -> list:
     """The levels asked for in each call: all at once for `all-levels`, else one a call."""
-    if plan not in PLANS:
+    if plan not in SYSTEM:
         raise ValueError(f"plan: expected all-levels or by-level, found {plan!r}")
     if plan == "all-levels":
         return [LEVELS]
     return [(level,) for level in LEVELS]
 
 
-def messages(
-    plan: str, asked: tuple[int, ...], query: str, drawn: dict[str, str]
-) -> list[dict[str, str]]:
+def messages(plan: str, asked: tuple, query: str, drawn: dict) -> list:
     """The chat [{"role", "content"}, ...] for one of `calls(plan)`; `drawn` comes from `draw`."""
     user = ASK[asked].format(query=query, topic=topic(query), **drawn)
     return [{"role": "system", "content": SYSTEM[plan]}, {"role": "user", "content": user}]
 
 
-def in_reasoning(text: str) -> bool:
-    """Whether a text ends inside a block of reasoning, such as <think>."""
-    after = re.split(REASONING_ENDS, text)[-1]
-    return re.search(REASONING_BEGINS, after) is not None
-
-
 def answer(text: str) -> str:
     """What follows the reasoning in a reply.  Raises ReplyError if the reasoning has no end."""
-    if in_reasoning(text):
+    rest = re.split(REASONING_ENDS, text)[-1]
+    if re.search(REASONING_BEGINS, rest):
         raise ReplyError("the reasoning has no end, so there is no answer")
-    return re.split(REASONING_ENDS, text)[-1]
+    return rest
 
 
 def tidy(text: str) -> str:
     """One line of plain text: no markup, outer quotes, control characters or lone surrogates."""
-    text = re.sub(MARKUP, " ", text)
-    text = re.sub(UNPRINTABLE, " ", text).strip()
+    text = re.sub(f"{MARKUP}|{UNPRINTABLE}", " ", text).strip()
     text = re.sub(QUOTED, r"\1\2\3\4", text).strip(" `")
     return " ".join(text.split())
 
 
-def from_braces(text: str) -> list[tuple]:
+def from_braces(text: str) -> list:
     """(level, value) of each key that names a level, in the outermost object.
 
     It is JSON, or in Python's spelling: single quotes, bare numbers as keys, a last comma.
     """
     found = []
 
-    def note(pairs: list[tuple]) -> object:  # called for each object, inner ones first
+    def note(pairs: list) -> object:  # called for each object, inner ones first
         for name, value in pairs:
-            key = re.match(LEVEL, name, re.IGNORECASE)
+            key = re.match(LEVEL, name)
             if key:
                 found.append((key.lastindex - 1, value))
         return dict(pairs).get("text")  # {"3": {"text": "..."}}
@@ -212,7 +212,7 @@ def from_braces(text: str) -> list[tuple]:
     return found
 
 
-def from_labels(text: str) -> list[tuple]:
+def from_labels(text: str) -> list:
     """(level, text up to the next label) of lines such as "Level 3: ..." or "Irrelevant: ..."."""
     found = []
     for mark in reversed(list(re.finditer(LABEL, text))):
@@ -221,7 +221,7 @@ def from_labels(text: str) -> list[tuple]:
     return found
 
 
-def parse_reply(text: str, levels: tuple[int, ...] = LEVELS) -> dict[int, str]:
+def parse_reply(text: str, levels: tuple = LEVELS) -> dict[int, str]:
     """{level: passage} for all asked levels, in their order.
 
     Read are JSON, the same in Python's spelling, and labelled lines ("Level 3: ...", "**3** ...",
@@ -248,7 +248,7 @@ def parse_reply(text: str, levels: tuple[int, ...] = LEVELS) -> dict[int, str]:
     return {level: passages[level] for level in levels}
 
 
-def read_reply(plan: str, asked: tuple[int, ...], text: str) -> dict[int, str]:
+def read_reply(plan: str, asked: tuple, text: str) -> dict:
     """{level: passage} from a reply; a single passage is cut to whole sentences.
 
     Raises ReplyError with the reason, as `parse_reply` does.

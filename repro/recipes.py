@@ -32,12 +32,11 @@ def recipe(lists: Lists, name: str, seed: int) -> Lists:
         if item.grades != [3, 2, 1, 0]:
             raise ValueError(f"binary: expected grades 3, 2, 1, 0; {item.id!r} has {item.grades}")
         positive = random.Random(f"{seed} {item.id}").choice(item.passages[:2])
-        passages = [positive, *item.passages[2:]]
-        shaped.append(replace(item, passages=passages, grades=[3, 0, 0]))
+        shaped.append(replace(item, passages=[positive, *item.passages[2:]], grades=[3, 0, 0]))
     return shaped
 
 
-def _mined(path: Path) -> Iterator[tuple[str, dict[str, None]]]:
+def _mined(path: Path) -> Iterator:
     """(query id, passage ids) of lines {"qid": "1", "docid": ["7", ...]}, as `trove` has them."""
     for where, row in read_jsonl(path):
         ids = row.get("docid")
@@ -56,21 +55,21 @@ def real_lists(path_or_hub_id: Place, negatives: Place | None = None, seed: int 
     are left out, and so are queries without a positive or another passage, counted on stderr.
     Raises ValueError for a bad row, and if no query is left.
     """
-    mined = find_file(*os.path.split(negatives)) if negatives else None
+    mined = _mined(find_file(*os.path.split(negatives))) if negatives else None
     corpus, queries, qrels = load_beir(path_or_hub_id, "train")
     lists = {}
-    for query, ids in _mined(mined) if mined else qrels.items():
+    for query, ids in mined or qrels.items():
         judged = qrels.get(query, {})
-        good = [passage for passage in judged if judged[passage] and passage in corpus]
-        others = [passage for passage in ids if passage in corpus and not judged.get(passage)]
+        good = [corpus[p] for p in judged if judged[p] and p in corpus]
+        others = [corpus[p] for p in ids if p in corpus and not judged.get(p)]
         if good and others:
             rng = random.Random(f"{seed} {query}")
             drawn = [rng.choice(good), *rng.sample(others, min(2, len(others)))]
-            passages = [corpus[passage] for passage in drawn]
-            lists[query] = GradedList(query, queries[query], passages, [3, 1, 1][: len(drawn)])
+            lists[query] = GradedList(query, queries[query], drawn, [3, 1, 1][: len(drawn)])
     lacking = [query for query in qrels if query not in lists]
-    why = "queries lack a positive or another passage, left out"
-    report_unusable(path_or_hub_id, lacking, len(qrels), why)
+    report_unusable(
+        path_or_hub_id, lacking, len(qrels), "queries lack a positive or another passage, left out"
+    )
     return [lists[query] for query in qrels if query in lists]
 
 
@@ -82,14 +81,15 @@ def combine(synthetic: Lists, real: Lists) -> Lists:
     """
     partners = {item.query.casefold(): item for item in reversed(real)}
     joined = []
-    used = set()
+    unused = {item.id: item for item in real}
     for item in synthetic:
         partner = partners.get(item.query.casefold())
         if partner:
-            used.add(partner.id)
+            unused.pop(partner.id, None)
             passages = item.passages + partner.passages
             item = replace(item, passages=passages, grades=item.grades + partner.grades)
         joined.append(item)
-    unused = [item.id for item in real if item.id not in used]
-    report_unusable("combine", unused, len(real), "real lists have no synthetic partner, left out")
+    report_unusable(
+        "combine", list(unused), len(real), "real lists have no synthetic partner, left out"
+    )
     return joined

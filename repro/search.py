@@ -1,5 +1,6 @@
 """Rank the passages of a corpus for queries: exact search over embeddings, and BM25."""
 
+import re
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -10,11 +11,10 @@ from torch import Tensor, cat
 
 from repro.data import Texts
 
-Run = dict[str, dict[str, float]]  # {query id: {passage id: score}}
 BLOCK = 8192  # passages compared at a time: for 1000 queries 33 MB of scores
 
 
-def search(queries: Tensor, passages: Tensor | Iterable[Tensor], k: int) -> tuple[Tensor, Tensor]:
+def search(queries: Tensor, passages: Tensor | Iterable, k: int) -> tuple:
     """The k best passages of every query by dot product, exactly: scores and row numbers.
 
     `queries` is (Q, d), `passages` is (N, d) or blocks of its rows in order; both results are
@@ -39,56 +39,17 @@ def search(queries: Tensor, passages: Tensor | Iterable[Tensor], k: int) -> tupl
     return best, best_rows
 
 
-def as_run(corpus: Texts, queries: Texts, found: Iterable[tuple[list, list]], k: int) -> Run:
-    """A run of the best k of each query's (scores, row numbers), where no query finds itself.
-
-    A query that is a passage (ArguAna) has its id, and its text, maybe behind a title; case and
-    spaces do not count.
-    """
-    ids = list(corpus)
-    run = {}
-    for query, (scores, rows) in zip(queries, found, strict=True):
-        best = {ids[row]: score for score, row in zip(scores, rows, strict=True)}
-        asked = queries[query].casefold().split()
-        passage = corpus.get(query, "").casefold().split()
-        if passage[-len(asked) :] == asked:
-            best.pop(query, None)
-        run[query] = dict(list(best.items())[:k])
-    return run
-
-
-def retrieve(model: Any, corpus: Texts, queries: Texts, k: int, **options: Any) -> Run:
-    """The best k passages of every query: by BM25 if `model` is "bm25", else by `model.encode`.
-
-    The options, such as batch_size and progress, are for `encode`.
-    """
-    if model == "bm25":
-        return bm25_run(corpus, queries, k)
-    asked = model.encode(list(queries.values()), kind="query", **options)
-    device = getattr(model, "device", "cpu")
-    texts = list(corpus.values())
-    blocks = (
-        model.encode(texts[first : first + BLOCK], kind="passage", **options)
-        for first in range(0, len(texts), BLOCK)
-    )
-    scores, rows = search(asked.to(device), blocks, k + 1)  # one more: a query may find itself
-    found = zip(scores.tolist(), rows.tolist(), strict=True)
-    return as_run(corpus, queries, found, k)
-
-
 def s_stem(word: str) -> str:
     """Take the plural s off an English word, as Harman's S-stemmer (1991) does."""
-    if word.endswith("ies") and not word.endswith(("eies", "aies")):
-        return word[:-3] + "y" if len(word) > 4 else word
-    if len(word) > 2 and word.endswith("s") and not word.endswith(("us", "ss")):
-        return word[:-1]
-    return word
+    if re.search("(?<![ea])ies$", word):
+        return re.sub("(?<=..)ies$", "y", word)  # not "ties"
+    return re.sub("(?<=.[^us])s$", "", word)
 
 
-def tokenise(texts: Texts) -> list[list[str]]:
+def tokenise(texts: list) -> list:
     """The words of each text, as of English: lower case, two letters or more, no stop words."""
     return bm25s.tokenize(
-        list(texts.values()),
+        texts,
         stopwords="en_plus",
         stemmer=lambda words: [s_stem(word) for word in words],
         return_ids=False,
@@ -96,31 +57,62 @@ def tokenise(texts: Texts) -> list[list[str]]:
     )
 
 
-def bm25_run(corpus: Texts, queries: Texts, k: int) -> Run:
-    """The best k passages of every query by BM25 in Lucene's form, of those with a word of it.
+def bm25(passages: list, queries: list, k: int) -> list:
+    """(row, score) of up to k passages for each query, by BM25 in Lucene's form.
 
         score(q, p) = sum over words w of q: ln(1 + (N - n_w + .5) / (n_w + .5)) f / (f + n_p)
         n_p = .9 (.6 + .4 l_p / l)
 
-    n_w of N passages hold w; p holds it f times among l_p words, l on average.  The tokenizer, stop
-    words and stemmer are English; queries without any word of the corpus are counted on stderr.
+    n_w of N passages hold w; p holds it f times among l_p words, l on average.  A passage without
+    any word of the query is not found.  The tokenizer, stop words and stemmer are English; queries
+    without any word of the corpus are counted on stderr.  ValueError for a corpus without words.
     """
-    words = tokenise(corpus)
-    vocabulary = set().union(*words)
+    words = tokenise(passages)
+    if not any(words):
+        raise ValueError("bm25, with an English tokenizer: the corpus has no words")
     index = bm25s.BM25(method="lucene", k1=0.9, b=0.4)
-    if vocabulary:
-        index.index(words, show_progress=False)
+    index.index(words, show_progress=False)
     found = []
     for asked in tokenise(queries):
-        if vocabulary.isdisjoint(asked):
-            found.append(([], []))
-            continue
-        scores = index.get_scores(asked)
-        best = np.argsort(-scores, kind="stable")[: k + 1]
-        best = best[scores[best] > 0]
-        found.append((scores[best].tolist(), best.tolist()))
-    lost = found.count(([], []))
+        scores = index.get_scores_from_ids(index.get_tokens_ids(asked))
+        best = np.argsort(-scores, kind="stable")[:k]
+        found.append([(row, float(scores[row])) for row in best if scores[row] > 0])
+    lost = found.count([])
     if lost:
-        message = f"{lost} of {len(queries)} queries share no word with the corpus"
-        print(f"bm25, with an English tokenizer: {message}", file=sys.stderr)
-    return as_run(corpus, queries, found, k)
+        print(
+            "bm25, with an English tokenizer: "
+            f"{lost} of {len(queries)} queries share no word with the corpus",
+            file=sys.stderr,
+        )
+    return found
+
+
+def retrieve(model: Any, corpus: Texts, queries: Texts, k: int, **options: Any) -> dict:
+    """{query id: {passage id: score}} of the best k: by BM25 for "bm25", else by `model.encode`.
+
+    The options, such as batch_size and progress, are for `encode`.  No query finds itself: one that
+    is a passage (ArguAna) has its id, and its text, maybe behind a title; case and spaces do not
+    count.
+    """
+    ids = list(corpus)
+    passages = list(corpus.values())
+    asked = list(queries.values())
+    if model == "bm25":
+        found = bm25(passages, asked, k + 1)  # one more: a query may find itself
+    else:
+        vectors = model.encode(asked, kind="query", **options)
+        blocks = (
+            model.encode(passages[first : first + BLOCK], kind="passage", **options)
+            for first in range(0, len(passages), BLOCK)
+        )
+        scores, rows = search(vectors.to(getattr(model, "device", "cpu")), blocks, k + 1)
+        found = map(zip, rows.tolist(), scores.tolist())
+    run = {}
+    for (query, text), pairs in zip(queries.items(), found, strict=True):
+        best = {ids[row]: score for row, score in pairs}
+        words = text.casefold().split()
+        passage = corpus.get(query, "").casefold().split()
+        if passage[-len(words) :] == words:
+            best.pop(query, None)
+        run[query] = dict(list(best.items())[:k])
+    return run

@@ -19,25 +19,16 @@ from inspect import signature
 from itertools import chain, compress, count, islice
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import distributed, nn
 from torch.distributed.nn.functional import all_gather
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim import AdamW
 from tqdm import tqdm
 
-from repro.data import AUTHORED, Batch, Lists, collate, load_lists
-from repro.encoder import BiEncoder, set_dropout
+from repro.data import AUTHORED, Batch, Lists, as_collection, collate, load_lists
+from repro.encoder import BiEncoder
 from repro.losses import LOSSES, expand_labels, fit_temperature
 from repro.recipes import combine, real_lists, recipe
-from repro.support.files import (
-    check_new_folder,
-    new_folder,
-    options,
-    run_command,
-    write_json,
-    write_text,
-)
-from repro.support.models import machine, pick_device, pick_dtype
+from repro.support import files
+from repro.support.models import machine, pick_dtype
 
 RANK = int(os.environ.get("RANK", 0))  # this process's number; torchrun sets both
 RANKS = int(os.environ.get("WORLD_SIZE", 1))
@@ -47,9 +38,9 @@ CHOICES = {
     "ties": ("spread", "merged"),
     "recipe": ("graded", "binary", "real"),
 }
-# Numbers that may be 0, and their largest values; all others are above 0.  The seed times steps
-# and ranks is dropout's, of 64 bits.
-AT_MOST = {"seed": 2**31, "warmup": 1, "weight_decay": 1, "dropout": 1}
+# Least and most of the numbers that may be 0; all others are above 0 and finite.  The seed times
+# steps and ranks is dropout's, of 64 bits.
+RANGES = {"seed": (0, 2**31), "warmup": (0, 1), "weight_decay": (0, 1)}
 
 
 @dataclass
@@ -76,7 +67,7 @@ class TrainConfig:
     label_temperature: of the grades
     warmup: share of the steps, then linear decay to 0
     weight_decay: of AdamW; clip: largest gradient norm
-    dropout: of the transformer (BERT's own is .1)
+    dropout: train with the transformer's own (as the released commands do), not without
     chunk: texts embedded at once; the backward pass computes them again, to save memory
     device: auto, cpu, cuda, mps; dtype: of the transformer's sums (weights stay float32)
     """
@@ -104,23 +95,22 @@ class TrainConfig:
     warmup: float = 0.05
     weight_decay: float = 0.01
     clip: float = 1.0
-    dropout: float = 0.0
+    dropout: bool = False
     chunk: int | None = None
     device: str = "auto"
     dtype: str = "auto"
 
     def __post_init__(self) -> None:
-        self.loss = self.loss.replace("-", "_")
+        for name, allowed in CHOICES.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f"{name}: expected {' or '.join(allowed)}, found {value!r}")
         for name, value in vars(self).items():
-            if name in CHOICES and value not in CHOICES[name]:
-                allowed = " or ".join(CHOICES[name])
-                raise ValueError(f"{name}: expected {allowed}, found {value!r}")
-            most = AT_MOST.get(name)
-            if most and not 0 <= value <= most:
-                raise ValueError(f"{name}: expected a number from 0 to {most}, found {value!r}")
-            above_0 = type(value) in (int, float) and not most
-            if above_0 and not 0 < value < math.inf:
-                raise ValueError(f"{name}: expected a finite number above 0, found {value!r}")
+            least, most = RANGES.get(name, (1e-38, 1e38))
+            if type(value) in (int, float) and not least <= value <= most:
+                raise ValueError(
+                    f"{name}: expected a number from {least:g} to {most:g}, found {value!r}"
+                )
         if (self.recipe == "real" or self.negatives) and not self.real:
             raise ValueError("real: expected a collection, for recipe real and for --negatives")
         if self.recipe == "real" and self.lists:
@@ -133,7 +123,7 @@ def training_lists(config: TrainConfig) -> Lists:
     real = real_lists(config.real, config.negatives, config.seed) if config.real else []
     if config.recipe == "real":
         return real
-    lists = load_lists(config.lists or [AUTHORED], config.queries)
+    lists = load_lists(config.lists or AUTHORED, config.queries)
     lists = recipe(lists, config.recipe, config.seed)
     return combine(lists, real) if real else lists
 
@@ -144,7 +134,7 @@ def filled(config: TrainConfig, encoder: BiEncoder, lists: int) -> TrainConfig:
     A batch is smaller if there are too few lists, or if the ranks cannot share it evenly; stderr
     says so.  ValueError if no step is left.
     """
-    size = max(min(config.batch_size, lists) // RANKS, 1) * RANKS
+    size = min(config.batch_size, lists) // RANKS * RANKS or RANKS
     if size != config.batch_size:
         print(f"{lists} lists: a batch is {size} of them", file=sys.stderr)
     epochs, lr = (5, 4e-4) if encoder.frozen else (1, 1e-5)
@@ -162,45 +152,36 @@ def loss_function(config: TrainConfig) -> Callable:
     return partial(loss, **bound)
 
 
-def join_ranks(device: str) -> None:
-    """Become one of torchrun's ranks, each with its GPU."""
-    if device in ("auto", "cuda") and torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    backend = distributed.get_default_backend_for_device(pick_device(device))
-    distributed.init_process_group(backend)
-
-
-def batches(lists: Lists, config: TrainConfig, epoch: int) -> Iterator[Batch]:
+def batches(lists: Lists, config: TrainConfig, epoch: int) -> Iterator:
     """The batches of one epoch: the lists in an order drawn from (seed, epoch).
 
     A last, smaller batch, which would be another loss, is left out.
     """
     size = config.batch_size
     order = random.Random(f"{config.seed}/{epoch}").sample(lists, len(lists))
-    for end in range(size, len(lists) + 1, size):
-        yield collate(order[end - size : end])
+    while len(order) >= size:
+        yield collate(order[:size])
+        del order[:size]
 
 
-def score_batch(embed: Callable, batch: Batch) -> tuple[Tensor, ...]:
+def score_batch(embed: Callable, batch: Batch) -> tuple:
     """(scores (B, B*k), labels (B, B*k), mask (B*k,)) of one batch, on every rank.
 
-    `embed` is an encoder, maybe wrapped.  Each rank embeds its share of the lists; all ranks then
+    `embed` is an encoder, maybe wrapped.  Of W ranks each embeds every W-th text; all ranks then
     hold all scores.  The gather's backward sums the W ranks' equal gradients and DDP's mean divides
     by W, so the parameters get the gradients of one process.
     """
-    rows, k = batch.labels.shape
-    mine = slice(RANK * rows // RANKS, (RANK + 1) * rows // RANKS)  # the lists of this rank
-    present = batch.mask[mine].flatten()
-    texts = batch.passages[mine.start * k : mine.stop * k]
-    real = list(compress(texts, present))  # padding is not embedded
-    queries, found = embed(batch.queries[mine], real)
-    passages = found.new_zeros(len(present), found.shape[1])  # (B*k / ranks, d)
-    passages[present.to(found.device)] = found
+    mask = batch.mask.flatten()  # (B*k,)
+    present = mask[RANK::RANKS]
+    real = list(compress(batch.passages[RANK::RANKS], present))  # padding is not embedded
+    queries, found = embed(batch.queries[RANK::RANKS], real)
+    passages = found.new_zeros(len(present), found.shape[1])  # (B*k / W, d)
+    passages[present] = found
     if RANKS > 1:
-        queries = torch.cat(all_gather(queries))
-        passages = torch.cat(all_gather(passages))
+        queries = torch.stack(all_gather(queries), 1).flatten(0, 1)  # (B, d), in the old order
+        passages = torch.stack(all_gather(passages), 1).flatten(0, 1)
     scores = queries @ passages.T
-    return scores, expand_labels(batch.labels).to(scores), batch.mask.flatten().to(scores.device)
+    return scores, expand_labels(batch.labels), mask.to(scores.device)
 
 
 @torch.no_grad()
@@ -218,20 +199,21 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     return config.lr * min((step + 1) / rise, decay)
 
 
-def fit(encoder: BiEncoder, lists: Lists, config: TrainConfig) -> Iterator[dict]:
+def fit(encoder: BiEncoder, lists: Lists, config: TrainConfig) -> Iterator:
     """Train in place with a filled config; yields step, loss, lr, grad_norm.
 
     ValueError if the loss or its gradient is not a finite number.
     """
-    weights = encoder.trainable()
+    weights = list(encoder.parameters())  # those that are frozen get no gradient, and stay
     # fused: one kernel for all weights, a quarter of the time of AdamW's loop over them
-    optimiser = AdamW(weights, weight_decay=config.weight_decay, fused=True)
+    optimiser = torch.optim.AdamW(weights, weight_decay=config.weight_decay, fused=True)
     model = encoder
     if RANKS > 1:
-        model = DistributedDataParallel(encoder, find_unused_parameters=True)
+        model = nn.parallel.DistributedDataParallel(encoder, find_unused_parameters=True)
     dtype = pick_dtype(config.dtype, encoder.device)
-    # Autocast is for the transformer: bfloat16 scores would lose the third digit.
-    autocast = torch.autocast(encoder.device.type, dtype, enabled=dtype != torch.float32)
+    # Autocast is for a transformer that trains: bfloat16 scores would lose the third digit.
+    narrow = dtype != torch.float32 and not encoder.frozen
+    autocast = torch.autocast(encoder.device.type, dtype, enabled=narrow)
     embed = autocast(partial(model, chunk=config.chunk))
     loss = loss_function(config)
     endless = chain.from_iterable(batches(lists, config, epoch) for epoch in count())
@@ -255,20 +237,18 @@ def fit(encoder: BiEncoder, lists: Lists, config: TrainConfig) -> Iterator[dict]
 
 def train_encoder(
     encoder: BiEncoder, lists: Lists, config: TrainConfig, progress: bool = False
-) -> tuple[TrainConfig, list[dict], float]:
+) -> tuple:
     """Train an encoder in place: (filled config, one row a step, minutes)."""
     shown = progress and RANK == 0
     config = filled(config, encoder, len(lists))
     began = time.monotonic()
-    if not encoder.frozen:
-        set_dropout(encoder.model, config.dropout)
-    else:  # all vectors at once, which a step then looks up
-        encoder.mean_vectors([item.query for item in lists], "query", progress=shown)
-        passages = [text for item in lists for text in item.passages]
-        encoder.mean_vectors(passages, "passage", progress=shown)
+    if encoder.frozen:  # all vectors at once, which a step then looks up
+        corpus, queries, _ = as_collection(lists)
+        encoder.mean_vectors(list(queries.values()), "query", progress=shown)
+        encoder.mean_vectors(list(corpus.values()), "passage", progress=shown)
     if config.temperature is None:
         config.temperature = start_temperature(encoder, lists, config)
-    encoder.train()
+    encoder.model.train(config.dropout)
     steps = fit(encoder, lists, config)
     rows = list(tqdm(steps, f"train {config.loss}", config.steps, disable=not shown))
     encoder.eval()
@@ -281,48 +261,48 @@ def train(config: TrainConfig, lists: Lists | None = None, progress: bool = True
     `lists` replaces the ones that the config names.  ValueError before any work if settings, lists
     or folder do not fit; OUT appears whole or not at all.
     """
-    check_new_folder(config.out, config.overwrite)
+    files.check_new_folder(config.out, config.overwrite)
     if lists is None:
         lists = training_lists(config)
-    encoder = BiEncoder.load(config.model, config.device)
-    if config.query_prompt is not None:
-        encoder.prompts["query"] = config.query_prompt
-    if config.passage_prompt is not None:
-        encoder.prompts["passage"] = config.passage_prompt
+    encoder = BiEncoder.load(
+        config.model,
+        config.device,
+        query_prompt=config.query_prompt,
+        passage_prompt=config.passage_prompt,
+    )
     used, rows, minutes = train_encoder(encoder, lists, config, progress)
     record = {
         "settings": vars(used),
         "queries": len(lists),
-        "steps": len(rows),
         "minutes": minutes,
         "ranks": RANKS,
         "machine": machine(encoder.device, pick_dtype(config.dtype, encoder.device)),
     }
     if RANK > 0:
         return record
-    with new_folder(config.out, config.overwrite) as folder:
+    with files.new_folder(config.out, config.overwrite) as folder:
         encoder.save(folder)
-        log = "".join(json.dumps(row) + "\n" for row in rows)
-        write_text(folder / "log.jsonl", log)
-        write_json(folder / "train.json", record)
+        log = [json.dumps(row) + "\n" for row in rows]
+        files.write_text(folder / "log.jsonl", "".join(log))
+        files.write_json(folder / "train.json", record)
     if progress:
         print(f"{config.out}: temperature {used.temperature:.4g}, {minutes:.1f} minutes")
     return record
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Command line: one option a field of TrainConfig; under torchrun one process a rank."""
-
-    def work() -> None:
-        (config,) = options("repro.train", argv, TrainConfig)
-        if RANKS > 1:
-            join_ranks(config.device)
+def command(config: TrainConfig) -> None:
+    """Train; under torchrun as one of its ranks, each with its GPU."""
+    if RANKS == 1:
         train(config)
-        if RANKS > 1:
-            distributed.destroy_process_group()
+        return
+    if config.device in ("auto", "cuda") and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    distributed.init_process_group()  # gloo on CPUs, nccl on GPUs
+    train(config)
+    distributed.destroy_process_group()
 
-    return run_command(work)
 
+main = files.command_line(command, TrainConfig)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

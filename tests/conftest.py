@@ -24,7 +24,8 @@ from transformers import (
 )
 
 from repro.data import GradedList
-from repro.support.models import WHEELS, cache_dir
+from repro.encoder import BiEncoder
+from repro.support.models import WHEELS
 
 torch.set_num_threads(1)
 
@@ -59,7 +60,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip a `checkpoint` test unless the model is in the cache or asked for."""
     folder = f"models/smollm2-135m-{WHEELS['smollm2-135m'][1][:12]}"
-    there = (cache_dir() / folder).exists()
+    root = os.environ.get("SYCL_CACHE", "~/.cache/sycl-repro")
+    there = Path(root, folder).expanduser().exists()
     asked = "SYCL_TEST_CHECKPOINT" in os.environ
     if item.get_closest_marker("checkpoint") and not there and not asked:
         pytest.skip("SYCL_TEST_CHECKPOINT=1 runs it")
@@ -105,10 +107,26 @@ def tiny_bert(tmp_path_factory):
 
 
 @pytest.fixture
+def llama(tiny_llama):
+    """That Llama as an encoder."""
+    return BiEncoder.load(tiny_llama, "cpu")
+
+
+@pytest.fixture
+def bert(tiny_bert):
+    """That BERT as an encoder."""
+    return BiEncoder.load(tiny_bert, "cpu")
+
+
+@pytest.fixture
 def cache(tmp_path, monkeypatch):
     """An empty cache folder for one test."""
     monkeypatch.setenv("SYCL_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+def assert_close(ours: torch.Tensor, theirs: object) -> None:
+    torch.testing.assert_close(ours, torch.as_tensor(theirs), atol=1e-5, rtol=0)
 
 
 def graded_lists(count: int = 16) -> list[GradedList]:

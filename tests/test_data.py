@@ -2,25 +2,28 @@
 
 import gzip
 import hashlib
-import json
-from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import write_jsonl
+from conftest import graded_lists, write_jsonl
 
 from repro import data
-from repro.data import GradedList, as_collection, as_grade, collate, load_beir, load_lists
+from repro.data import GradedList, as_collection, collate, load_beir, load_lists
 
-QRELS = "q1\tp1\t3\nq1\tp2\t-1\nq1\t4\t1\nq2\tp2\t1\n"  # below 0: spam, counts as 0
-CORPUS = [
-    {"_id": "p1", "title": "Moon", "text": "It raises tides."},
-    {"_id": "p2", "title": "", "text": " Rust måste ha\u2028vatten."},
-    {"_id": "p3", "text": "No title."},
-    {"_id": 4, "title": None, "text": ""},
-]
-QUERIES = [{"_id": "q1", "text": "the tide"}, {"_id": "q2", "text": " Why rust"}]
+QRELS = "q1\tp1\t3.0\nq1\tp2\t-1\nq1\t4\t1\nq2\tp2\t1\n"  # below 0: spam, counts as 0
+CORPUS = """\
+{"_id": "p1", "title": "Moon", "text": "It raises tides."}
+{"_id": "p2", "title": "", "text": " Rust måste ha\u2028vatten."}
+{"_id": "p3", "text": "No title."}
+{"_id": 4, "title": null, "text": ""}
+"""
+QUERIES = """\
+{"_id": "q1", "text": "the tide"}
+{"_id": "q2", "text": " Why rust"}
+{"_id": "q3", "text": "not judged"}
+{"_id": "q4", "text": " "}
+"""
 EXPECTED = (
     {"p1": "Moon It raises tides.", "p2": "Rust måste ha\u2028vatten.", "p3": "No title.", "4": ""},
     {"q1": "the tide", "q2": "Why rust"},
@@ -28,34 +31,33 @@ EXPECTED = (
 )
 TIDE = GradedList("a", "tide", ["moon tide", "moon", "bank", "tea"], [3, 2, 1, 0])
 IRON = GradedList("b", "Rust ", ["iron rust", "tea"], [1, 0])
-GOOD = {"3": "a", "0": "b"}
+GOOD = '{"query": "q", "passages": {"3": "a", "0": "b"}}\n'
 
 
-def write_collection(folder: Path, split: str = "test", **parts: list | str) -> Path:
-    write_jsonl(folder / "corpus.jsonl", parts.get("corpus", CORPUS))
-    write_jsonl(folder / "queries.jsonl", parts.get("queries", QUERIES))
-    write_jsonl(folder / f"qrels/{split}.tsv", parts.get("qrels", QRELS))
+def write_collection(folder, split="test", corpus=CORPUS, queries=QUERIES, qrels=QRELS):
+    write_jsonl(folder / "corpus.jsonl", corpus)
+    write_jsonl(folder / "queries.jsonl", queries)
+    write_jsonl(folder / f"qrels/{split}.tsv", qrels)
     return folder
 
 
 @pytest.mark.parametrize(
-    "parts",
+    "part, content",
     [
-        {},
-        {"qrels": "\ufeff" + f"query-id\tcorpus-id\tscore\n{QRELS}".replace("\n", "\r\n")},
-        {"corpus": "\ufeff" + "\r\n\r\n".join(map(json.dumps, CORPUS))},
-        {"queries": [*QUERIES, {"_id": "q3", "text": "not judged"}]},
+        ("qrels", QRELS),
+        ("qrels", "\ufeff" + f"query-id\tcorpus-id\tscore\n{QRELS}".replace("\n", "\r\n")),
+        ("corpus", "\ufeff" + CORPUS.replace("\n", "\r\n\r\n")),
     ],
 )
-def test_a_folder_in_the_layout_of_beir(tmp_path, parts):
-    assert load_beir(write_collection(tmp_path, **parts)) == EXPECTED
+def test_a_folder_in_the_layout_of_beir(tmp_path, part, content):
+    assert load_beir(write_collection(tmp_path, **{part: content})) == EXPECTED
 
 
 def test_packed_files(tmp_path):
     write_collection(tmp_path)
-    for name in ("corpus.jsonl", "queries.jsonl", "qrels/test.tsv"):
-        path = (tmp_path / name).rename(tmp_path / f"{name}.gz")
-        path.write_bytes(gzip.compress(path.read_bytes()))
+    for path in [*tmp_path.rglob("*.*")]:
+        packed = path.rename(f"{path}.gz")
+        packed.write_bytes(gzip.compress(packed.read_bytes()))
     assert load_beir(tmp_path) == EXPECTED
 
 
@@ -76,25 +78,24 @@ def test_a_hub_id_is_a_folder_fetched_first(tmp_path, monkeypatch, place, revisi
 
 
 @pytest.mark.parametrize(
-    "parts, message",
+    "part, content, message",
     [
         (
-            {"qrels": QRELS + "q2\tp9\t2\n"},
+            "qrels",
+            QRELS + "q2\tp9\t2\n",
             "1 of 4 judged passages are not in the corpus, never found: 'p9'",
         ),
         (
-            {
-                "qrels": QRELS + "q8\tp1\t1\nq9\tp1\t1\n",
-                "queries": [*QUERIES, {"_id": "q9", "text": " "}],
-            },
-            "2 of 4 judged queries have no text, left out: 'q8, q9'",
+            "qrels",
+            QRELS + "q4\tp1\t1\nq9\tp1\t1\n",
+            "2 of 4 judged queries have no text, left out: 'q4, q9'",
         ),
-        ({"corpus": [*CORPUS, CORPUS[0] | {"text": "again"}]}, "corpus.jsonl:5"),
-        ({"queries": [*QUERIES, QUERIES[0] | {"text": "again"}]}, "queries.jsonl:3"),
+        ("corpus", CORPUS + '{"_id": "p1", "text": "again"}', "corpus.jsonl:5"),
+        ("queries", QUERIES + '{"_id": "q1", "text": "again"}', "queries.jsonl:5"),
     ],
 )
-def test_what_is_left_out_is_counted(tmp_path, capsys, parts, message):
-    assert load_beir(write_collection(tmp_path, **parts))[:2] == EXPECTED[:2]
+def test_what_is_left_out_is_counted(tmp_path, capsys, part, content, message):
+    assert load_beir(write_collection(tmp_path, **{part: content}))[:2] == EXPECTED[:2]
     assert message in capsys.readouterr().err
 
 
@@ -111,6 +112,8 @@ def test_a_judged_passage_outside_the_corpus_stays_judged(tmp_path):
         ("qrels", "q1 p1 3", ":1: expected query-id, corpus-id, score and tabs"),
         ("qrels", "q1\tp1\t3\nq1\tp1\t2", ":2: field 'score': this pair has grade 3 already"),
         ("qrels", "q1\tp1\t3\nq1\tp2\t1.5", ":2: field 'score': expected a whole grade"),
+        ("qrels", "q1\tp1\t³", ":1: field 'score': expected a whole grade"),
+        ("qrels", "q1\tp1\t- 1", ":1: field 'score': expected a whole grade"),
         ("corpus", '\n{"_id": ', r"corpus\.jsonl:2: expected one JSON object"),
         ("corpus", "[1]", ":1: expected one JSON object"),
         ("corpus", r'{"_id": "\ud800"}', ":1: expected one JSON object"),
@@ -121,16 +124,6 @@ def test_a_judged_passage_outside_the_corpus_stays_judged(tmp_path):
 def test_bad_rows_are_named(tmp_path, part, content, message):
     with pytest.raises(ValueError, match=message):
         load_beir(write_collection(tmp_path, **{part: content}))
-
-
-def test_whole_grades():
-    assert [as_grade(text, "x:1") for text in ("3", "3.0", "0", "-1")] == [3, 3, 0, 0]
-
-
-@pytest.mark.parametrize("text", ["1.5", "³", "- 1", ""])
-def test_other_grades_are_refused(text):
-    with pytest.raises(ValueError, match="x:1: expected a whole grade: .*"):
-        as_grade(text, "x:1")
 
 
 @pytest.mark.parametrize(
@@ -165,39 +158,51 @@ def test_damaged_files_are_named(tmp_path, name, content, message):
 
 
 def test_lists_have_their_best_passages_first(tmp_path):
-    row = {"query": "tide", "passages": {"1": "c", "3": ["b", "a "], "0": "d"}}
-    path = write_jsonl(tmp_path / "plain.jsonl", [row])
+    row = '{"query": "tide", "passages": {"1": "c", "3": ["b", "a "], "0": "d"}}'
+    path = write_jsonl(tmp_path / "plain.jsonl", row)
     assert load_lists(path) == [GradedList("plain-1", "tide", ["b", "a", "c", "d"], [3, 3, 1, 0])]
 
 
 def test_the_last_line_with_passages_counts(tmp_path, capsys):
-    asked = {"id": "1", "query": "tide", "passages": None}
-    answers = [asked | {"passages": passages} for passages in (GOOD, {"3": "x", "0": "y"})]
-    rows = [asked, asked | {"id": "2"}, *answers, asked]
+    rows = """
+        {"id": "1", "query": "tide", "passages": null}
+        {"id": "2", "query": "tide", "passages": null}
+        {"id": "1", "query": "tide", "passages": {"3": "a", "0": "b"}}
+        {"id": "1", "query": "tide", "passages": {"3": "x", "0": "y"}}
+        {"id": "1", "query": "tide", "passages": null}
+    """
     path = write_jsonl(tmp_path / "cache.jsonl", rows)
     assert load_lists([path]) == [GradedList("1", "tide", ["x", "y"], [3, 0])]
     assert "1 of 2 queries have no relevant passage" in capsys.readouterr().err
 
 
 def test_ids_of_several_queries_and_files_stay_unique(tmp_path):
-    rows = [{"id": "1", "query": query, "passages": GOOD} for query in ("a", "another")]
-    paths = [write_jsonl(tmp_path / name / "lists.jsonl", rows[n:]) for n, name in enumerate("xy")]
+    row = '{"id": "1", "query": "tide", "passages": {"3": "a", "0": "b"}}\n'
+    one = write_jsonl(tmp_path / "x/lists.jsonl", row + row.replace("tide", "rust"))
+    two = write_jsonl(tmp_path / "y/lists.jsonl", row)
     ids = ["1", "lists.jsonl:1", "lists.jsonl:lists.jsonl:1"]
-    assert [item.id for item in load_lists([*paths, paths[0]])] == ids
+    assert [item.id for item in load_lists([one, two, one])] == ids
 
 
 @pytest.mark.parametrize(
     "row, message",
     [
-        ({"passages": GOOD}, ", or 'lists-2' in --queries: field 'query': expected text"),
-        ({"query": "q", "passages": {"3": ["a", "b"]}}, ": field 'passages': expected 2 or more g"),
-        ({"query": "q", "passages": ["a", "b"]}, ": field 'passages': expected 2 or more grades"),
-        ({"query": "q", "passages": GOOD | {"3.5": "a"}}, ": .*expected a whole grade: .*'3.5'"),
-        ({"query": "q", "passages": GOOD | {"1": " "}}, ": .*field '1': expected text, found ' '"),
+        ('{"passages": {"3": "a"}}', ", or 'lists-2' in --queries: field 'query': expected text"),
+        ('{"query": "q", "passages": {"3": ["a", "b"]}}', ": field 'passages': expected 2 or more"),
+        ('{"query": "q", "passages": ["a", "b"]}', ": field 'passages': expected 2 or more grades"),
+        (
+            '{"query": "q", "passages": {"3.5": "a", "0": "b"}}',
+            ": .*expected a whole grade: .*'3.5'",
+        ),
+        ('{"query": "q", "passages": {"": "a", "0": "b"}}', ": .*expected a whole grade: .*''"),
+        (
+            '{"query": "q", "passages": {"1": " ", "0": "b"}}',
+            ".*field '1': expected text, found ' '",
+        ),
     ],
 )
 def test_bad_lists_are_named(tmp_path, row, message):
-    path = write_jsonl(tmp_path / "lists.jsonl", [{"query": "q", "passages": GOOD}, row])
+    path = write_jsonl(tmp_path / "lists.jsonl", GOOD + row)
     with pytest.raises(ValueError, match=rf"lists\.jsonl:2{message}"):
         load_lists([path])
 
@@ -213,27 +218,27 @@ def test_lists_of_a_collection_with_queries_from_elsewhere(tmp_path, capsys):
 
 def test_queries_that_do_not_ship_are_checked(tmp_path):
     sha256 = hashlib.sha256(b"why rust").hexdigest()
-    row = {"id": "x", "query_sha256": sha256, "passages": GOOD}
+    row = {"id": "x", "query_sha256": sha256, "passages": {"3": "a", "0": "b"}}
     path = write_jsonl(tmp_path / "lists.jsonl", [row])
-    write_jsonl(tmp_path / "queries.jsonl", [{"_id": "x", "text": "Why  RUST"}])
+    queries = write_jsonl(tmp_path / "queries.jsonl", '{"_id": "x", "text": "Why  RUST"}')
     assert load_lists([path], tmp_path)[0].query == "Why  RUST"
-    write_jsonl(path, [row | {"query_sha256": "another"}])
+    write_jsonl(queries, '{"_id": "x", "text": "why not"}')
     with pytest.raises(ValueError, match=r"lists\.jsonl:1: .* 'x' has another query there"):
         load_lists([path], tmp_path)
 
 
 def test_the_split_is_the_one_of_all_runs():
-    lists = [GradedList(str(n), "q", ["x"], [1]) for n in range(50)]
+    lists = graded_lists(50)
     rest, held = data.split_lists(lists, 0.1, seed=3)
-    assert [item.id for item in held] == ["8", "15", "23", "34", "37"]
+    assert " ".join(item.id for item in held) == "l8 l15 l23 l34 l37"
     assert rest == [item for item in lists if item not in held]
 
 
 def test_lists_as_a_collection():
     corpus, queries, qrels = as_collection([TIDE, IRON])
     assert queries == {"a": "tide", "b": "Rust "}
-    assert list(corpus) == ["a-0", "a-1", "a-2", "a-3", "b-0", "b-1"]
-    assert list(corpus.values()) == TIDE.passages + IRON.passages
+    assert " ".join(corpus) == "a-0 a-1 a-2 a-3 b-0 b-1"
+    assert [*corpus.values()] == TIDE.passages + IRON.passages
     assert qrels["b"] == {"b-0": 1, "b-1": 0}
 
 

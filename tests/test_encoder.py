@@ -1,24 +1,22 @@
 """The encoder: its formula by a slow loop, its gradients, its length limit, its kept vectors."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import SIZES, save_model
+from conftest import SIZES, assert_close, save_model
 from tokenizers import normalizers, pre_tokenizers, processors
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from repro import encoder as room
-from repro.encoder import BiEncoder, set_dropout, text_limit
+from repro.encoder import BiEncoder, text_limit
 
 TEXTS = ["how long does bread rise", "the moon", "why is the sky blue in the city", "[END]", "tea"]
-KINDS = ["tiny_llama", "tiny_bert"]
 
 
 def weighted(folder: Path, mapped: bool = False) -> BiEncoder:
     """An encoder with every option, 7 tokens a text; `mapped`: with a map, so frozen."""
-    encoder = BiEncoder.load(folder, device="cpu")
+    encoder = BiEncoder.load(folder, "cpu")
     rng = torch.Generator().manual_seed(5)
     encoder.token_weights = torch.rand(len(encoder.tokenizer), generator=rng)
     encoder.centre = 0.1 * torch.randn(16, generator=rng)
@@ -29,19 +27,14 @@ def weighted(folder: Path, mapped: bool = False) -> BiEncoder:
     return encoder
 
 
-def assert_close(a: torch.Tensor, b: torch.Tensor) -> None:
-    torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["tiny_llama", "tiny_bert"])
 def test_vectors_follow_the_formula_one_text_at_a_time(kind, request):
     folder = request.getfixturevalue(kind)
     encoder = weighted(folder)
     model = AutoModel.from_pretrained(folder).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
     expected = []
     for text in TEXTS:
-        ids = tokenizer(text, truncation=True, max_length=7, return_tensors="pt")["input_ids"]
+        ids = torch.tensor([encoder.tokenizer(text).input_ids[:7]])
         hidden = model(input_ids=ids).last_hidden_state[0].detach()
         weights = encoder.token_weights[ids[0]]
         vector = weights @ hidden / weights.sum() - encoder.centre
@@ -56,7 +49,7 @@ def test_every_text_has_a_finite_vector(texts, tiny_bert):
     assert vectors.isfinite().all()
 
 
-@pytest.mark.parametrize(("texts", "kind"), [("tea", "query"), (TEXTS, "document")])
+@pytest.mark.parametrize("texts, kind", [("tea", "query"), (TEXTS, "document")])
 def test_other_texts_and_kinds_are_refused(texts, kind, tiny_bert):
     with pytest.raises(ValueError, match="expected a list of texts of kind query or passage"):
         weighted(tiny_bert).encode(texts, kind)
@@ -75,31 +68,14 @@ def test_gradient_caching_gives_the_same_gradients(tiny_bert):
     for chunk in (None, 2):
         queries, passages = encoder(TEXTS[:2], TEXTS, chunk=chunk)
         loss = (queries @ passages.T).square().sum()
-        found.append(torch.autograd.grad(loss, encoder.trainable()))
+        found.append(torch.autograd.grad(loss, list(encoder.parameters())))
     torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=1e-5)
 
 
-def test_with_a_linear_map_only_the_map_trains(tiny_bert):
-    plain = BiEncoder.load(tiny_bert, "cpu")
-    encoder = BiEncoder(plain.model, plain.tokenizer, projection=torch.eye(16))
+def test_with_a_linear_map_only_the_map_trains(bert):
+    encoder = BiEncoder(bert.model, bert.tokenizer, projection=torch.eye(16))
     wanted = [p for p in encoder.parameters() if p.requires_grad]
-    assert wanted == encoder.trainable() == [encoder.projection]
-
-
-@pytest.mark.parametrize("p", [0.0, 0.5])
-@pytest.mark.parametrize("kind", KINDS)
-def test_training_drops_what_is_asked_for(kind, p, request):
-    encoder = BiEncoder.load(request.getfixturevalue(kind), "cpu").train()
-    set_dropout(encoder.model, p)
-    in_training = encoder.embed(TEXTS, "query")
-    same = torch.allclose(in_training, encoder.eval().embed(TEXTS, "query"), atol=1e-6)
-    assert same == (p == 0)
-
-
-def test_dropout_is_written_into_the_config(tiny_bert):
-    model = BiEncoder.load(tiny_bert, "cpu").model
-    set_dropout(model, 0.25)
-    assert model.config.hidden_dropout_prob == 0.25
+    assert wanted == [encoder.projection]
 
 
 def built(kind: str, **options: int) -> PreTrainedModel:
@@ -109,7 +85,7 @@ def built(kind: str, **options: int) -> PreTrainedModel:
 
 
 @pytest.mark.parametrize(
-    ("model", "asked", "limit"),
+    "model, asked, limit",
     [
         (built("bert", max_position_embeddings=34), 256, 34),
         (built("roberta", max_position_embeddings=34), 256, 32),
@@ -128,15 +104,15 @@ def test_a_longer_text_than_the_positions_is_cut_on_loading(tmp_path):
     assert encoder.encode(["bread " * 100]).isfinite().all()
 
 
-def test_no_limit_cuts_nothing(tiny_llama):
-    encoder = BiEncoder.load(tiny_llama, "cpu")
-    encoder.max_length = None
-    long, longer = encoder.encode(["tea " * 999, "tea " * 999 + "sky"])
+def test_no_limit_cuts_nothing(llama):
+    llama.max_length = None
+    long, longer = llama.encode(["tea " * 999, "tea " * 999 + "sky"])
     assert not torch.equal(long, longer)
 
 
-def forget(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in the next process: only the disk remembers; two texts are a block, and worth a file."""
+@pytest.fixture
+def disk(cache, monkeypatch):
+    """Only the disk will remember, and it is empty; two texts are a block, and worth a file."""
     monkeypatch.setattr(room, "KEPT", {})
     monkeypatch.setattr(room, "BLOCK", 2)
     monkeypatch.setattr(room, "WORTH_A_FILE", 2)
@@ -149,8 +125,7 @@ def count_runs(encoder: BiEncoder) -> list[int]:
     return runs
 
 
-def test_a_text_goes_through_a_frozen_transformer_once(tiny_llama, cache, monkeypatch):
-    forget(monkeypatch)
+def test_a_text_goes_through_a_frozen_transformer_once(tiny_llama, disk):
     encoder = weighted(tiny_llama, mapped=True)
     runs = count_runs(encoder)
     queries, passages = encoder(TEXTS[:1], TEXTS)
@@ -159,10 +134,9 @@ def test_a_text_goes_through_a_frozen_transformer_once(tiny_llama, cache, monkey
     assert len(runs) == 4  # one text, then blocks of 2, 2 and 1
 
 
-def test_the_next_process_reads_whole_blocks(tiny_llama, cache, monkeypatch):
-    forget(monkeypatch)
+def test_the_next_process_reads_whole_blocks(tiny_llama, disk):
     computed = weighted(tiny_llama, mapped=True).encode(TEXTS)
-    forget(monkeypatch)
+    room.KEPT.clear()
     encoder = weighted(tiny_llama, mapped=True)
     encoder.tokenizer(TEXTS, padding=True, truncation=True, max_length=2)  # an earlier call
     runs = count_runs(encoder)
@@ -170,7 +144,7 @@ def test_the_next_process_reads_whole_blocks(tiny_llama, cache, monkeypatch):
     assert len(runs) == 1  # the last block is too small for a file
 
 
-def in_pipeline(part: str, value: object) -> Callable[[BiEncoder], None]:
+def in_pipeline(part, value):
     return lambda encoder: setattr(encoder.tokenizer.backend_tokenizer, part, value)
 
 
@@ -197,8 +171,7 @@ EDITS = {
 
 
 @pytest.mark.parametrize("name", EDITS)
-def test_other_settings_do_not_get_kept_vectors(name, tiny_llama, cache, monkeypatch):
-    forget(monkeypatch)
+def test_other_settings_do_not_get_kept_vectors(name, tiny_llama, disk):
     kept = weighted(tiny_llama, mapped=True).mean_vectors(TEXTS, "passage")
     computed, looked_up = weighted(tiny_llama), weighted(tiny_llama, mapped=True)
     EDITS[name](computed)

@@ -1,6 +1,7 @@
 """The record of one model on one collection, and the command around it."""
 
 import json
+import shlex
 from math import log2
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from conftest import write_jsonl
 
 from repro import evaluate
 from repro.encoder import BiEncoder
-from repro.evaluate import evaluate_model, load_model
+from repro.evaluate import Settings, evaluate_model
 from repro.metrics import mean, write_run
 from repro.search import retrieve
 from repro.support.models import pick_dtype
@@ -33,20 +34,19 @@ class Table:
     """A model that looks vectors up."""
 
     def encode(self, texts, **options):
-        return torch.tensor([VECTORS[text] for text in texts], dtype=torch.float32)
+        return torch.tensor([VECTORS[text] for text in texts])
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch) -> Path:
-    """The collection in BEIR's layout, as `tiny` in the working folder."""
+def command(tmp_path, monkeypatch):
+    """The command line as a function; the collection is `tiny` in the working folder."""
     monkeypatch.chdir(tmp_path)
-    Path("tiny/qrels").mkdir(parents=True)
-    Path("tiny/qrels/test.tsv").write_text(JUDGMENTS)
-    Path("tiny/qrels/large.tsv").write_text("q1\tp1\t1000\n")
     for name, texts in (("corpus", CORPUS), ("queries", QUERIES)):
         rows = [{"_id": key, "text": text} for key, text in texts.items()]
         write_jsonl(Path(f"tiny/{name}.jsonl"), rows)
-    return tmp_path / "tiny"
+    write_jsonl(Path("tiny/qrels/test.tsv"), JUDGMENTS)
+    write_jsonl(Path("tiny/qrels/large.tsv"), "q1\tp1\t1000\n")
+    return lambda options: evaluate.main(shlex.split(options))
 
 
 def test_the_values_by_hand():
@@ -58,7 +58,7 @@ def test_the_values_by_hand():
 
 
 def test_only_the_best_top_k_count():
-    found = evaluate_model(Table(), *COLLECTION, top_k=1)["per_query"]
+    found = evaluate_model(Table(), *COLLECTION, Settings(top_k=1))["per_query"]
     assert found["q1"]["recall@100"] == 0.5
 
 
@@ -67,30 +67,26 @@ def test_unjudged_queries_are_not_asked():
     assert set(evaluate_model(Table(), CORPUS, queries, QRELS)["per_query"]) == {"q1", "q2"}
 
 
-def test_the_command_writes_a_record_without_a_path_of_the_machine(folder):
-    command = ["--model", "bm25", "--data", str(folder), "--out", "new/r.json"]
-    assert evaluate.main(command) == 0
+def test_the_command_writes_a_record_without_a_path_of_the_machine(command, tmp_path):
+    assert command(f"--model bm25 --data '{tmp_path}/tiny' --out new/r.json") == 0
     text = Path("new/r.json").read_text()
     record = json.loads(text)
-    assert str(folder.parent) not in text
+    assert str(tmp_path) not in text
     assert record["per_query"] == evaluate_model("bm25", *COLLECTION)["per_query"]
     assert record["metrics"] == mean(record["per_query"])
     expected = {
         "collection": "tiny",
         "split": "test",
         "model": "bm25",
-        "top_k": 3,
         "counts": {"passages": 3, "queries": 2, "judgments": 4},
-        "device": "cpu",
-        "dtype": "float32",
     }
     assert record == record | expected
+    assert record["machine"]["device"] == "cpu"
 
 
-def test_overwrite_replaces_what_is_there(folder):
+def test_overwrite_replaces_what_is_there(command):
     Path("r").write_text("old")
-    command = ["--model", "bm25", "--data", "tiny", "--run", "r", "--overwrite"]
-    assert evaluate.main(command) == 0
+    assert command("--model bm25 --data tiny --run r --overwrite") == 0
     assert Path("r").read_text().startswith("q1 Q0 p1 1 ")
 
 
@@ -102,8 +98,9 @@ REFUSED = [
     ("--dtype int32", "unknown dtype 'int32'"),
     ("--run new --out new", "--out and --run name the same file"),
     ("--run tiny", "is not a file"),
-    ("--run tiny/corpus.jsonl", "exists"),
-    ("--out tiny/corpus.jsonl", "exists"),
+    ("--run tiny/corpus.jsonl", "exists; name another file"),
+    ("--out tiny/corpus.jsonl", "exists; name another file"),
+    ("--out tiny/corpus.jsonl/new", "cannot be written"),
     ("--split train", "qrels/train.tsv"),
     ("--split large --measures ndcg_exp@10", "query q1, passage p1: grade 1000"),
     ("--model bm25 --query-prompt x", "bm25 takes no prompt"),
@@ -111,11 +108,11 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("options", "message"), REFUSED)
+@pytest.mark.parametrize("options, message", REFUSED)
 def test_a_refusal_is_a_sentence_comes_before_the_model_and_writes_nothing(
-    folder, capsys, options, message
+    command, capsys, options, message
 ):
-    assert evaluate.main(["--data", "tiny", "--model", "nowhere", *options.split()]) == 2
+    assert command(f"--data tiny --model nowhere {options}") == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ")
     assert message in error
@@ -127,19 +124,19 @@ def test_an_id_that_a_run_cannot_carry_is_refused_before_the_model():
         evaluate_model("nowhere", {"p 1": "one"}, QUERIES, QRELS, run_file="r")
 
 
-def test_the_prompt_options_take_the_place_of_the_models_own(folder, tiny_bert):
-    encoder = BiEncoder.load(tiny_bert, device="cpu")
+def test_the_prompt_options_take_the_place_of_the_models_own(command, tiny_bert):
+    encoder = BiEncoder.load(tiny_bert, "cpu")
     encoder.prompts.update(query="the ", passage="a ")
     write_run(retrieve(encoder, CORPUS, QUERIES, 3), "expected", "bert")
-    command = ["--model", str(tiny_bert), "--data", "tiny", "--device", "cpu", "--dtype", "float32"]
-    command += ["--query-prompt", "the ", "--passage-prompt", "a "]
-    assert evaluate.main([*command, "--run", "found", "--out", "r.json"]) == 0
-    assert Path("found").read_text() == Path("expected").read_text()
+    options = f"--model '{tiny_bert}' --data tiny --device cpu --dtype float32"
+    prompts = "--query-prompt 'the ' --passage-prompt 'a '"
+    assert command(f"{options} {prompts} --run r --out r.json") == 0
+    assert Path("r").read_text() == Path("expected").read_text()
     assert json.loads(Path("r.json").read_text())["prompts"] == encoder.prompts
 
 
 def test_a_model_with_a_linear_map_is_float32_unless_asked(tiny_bert, tmp_path):
-    encoder = BiEncoder.load(tiny_bert, device="cpu")
+    encoder = BiEncoder.load(tiny_bert, "cpu")
     encoder.projection = torch.nn.Parameter(torch.eye(16))
     encoder.save(tmp_path / "linear")
     native = pick_dtype("auto", torch.device("cpu"), encoding=True)
@@ -149,4 +146,4 @@ def test_a_model_with_a_linear_map_is_float32_unless_asked(tiny_bert, tmp_path):
         (tiny_bert, "auto", native),
     ]
     for name, dtype, number_format in expected:
-        assert load_model(name, "cpu", dtype, {}).model.dtype == number_format
+        assert BiEncoder.load(name, "cpu", dtype).model.dtype == number_format

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SIZES, save_model
+from conftest import SIZES, VOCABULARY, assert_close, save_model
 from sentence_transformers import CrossEncoder, SentenceTransformer, SparseEncoder
 from sentence_transformers.sentence_transformer.modules import (
     Dense,
@@ -25,23 +25,22 @@ TRANSFORMER = "sentence_bert_config.json"
 POOLING = "1_Pooling/config.json"
 DENSE = "2_Dense/config.json"
 NORMALIZE = "3_Normalize/config.json"
+LINEAR = Dense(16, 16, bias=False, activation_function=torch.nn.Identity())
 
 
-def assert_close(ours: torch.Tensor, theirs: object) -> None:
-    torch.testing.assert_close(ours, torch.as_tensor(theirs), atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("pooling", ["cls", "mean"])
-def test_a_saved_folder_gives_the_same_vectors_there_and_here(pooling, tiny_bert, tmp_path):
-    ours = BiEncoder.load(tiny_bert, "cpu")
-    ours.prompts = {"query": "why ", "passage": "the "}
-    ours.max_length = 5
-    ours.pooling = pooling
-    ours.centre = torch.randn(16)
-    ours.projection = torch.nn.Parameter(torch.randn(7, 16))
-    ours.normalise = True
-    if pooling == "mean":
-        ours.token_weights = torch.rand(len(ours.tokenizer))
+@pytest.mark.parametrize("pooling, weights", [("cls", None), ("mean", torch.rand(len(VOCABULARY)))])
+def test_a_saved_folder_gives_the_same_vectors_there_and_here(pooling, weights, bert, tmp_path):
+    ours = BiEncoder(
+        bert.model,
+        bert.tokenizer,
+        pooling=pooling,
+        normalise=True,
+        token_weights=weights,
+        centre=torch.randn(16),
+        projection=torch.randn(7, 16),
+        max_length=5,
+        prompts={"query": "why ", "passage": "the "},
+    )
     folder = ours.save(tmp_path / "saved")
     theirs = SentenceTransformer(str(folder), device="cpu")
     assert_close(ours.encode(TEXTS, "query"), theirs.encode_query(TEXTS))
@@ -58,12 +57,8 @@ def saved(folder: Path, modules: list, **options) -> SentenceTransformer:
     return model
 
 
-def linear() -> Dense:
-    return Dense(16, 16, bias=False, activation_function=torch.nn.Identity())
-
-
 @pytest.mark.parametrize("similarity", ["cosine", "dot", None])
-@pytest.mark.parametrize("end", [[linear()], [Normalize()]])
+@pytest.mark.parametrize("end", [[LINEAR], [Normalize()]])
 @pytest.mark.parametrize("mode", ["mean", "cls"])
 def test_their_folders_give_the_same_vectors_here(similarity, end, mode, tiny_bert, tmp_path):
     modules = [Transformer(str(tiny_bert), max_seq_length=6), Pooling(16, mode), *end]
@@ -76,15 +71,16 @@ def test_their_folders_give_the_same_vectors_here(similarity, end, mode, tiny_be
 
 
 def test_weights_of_words_may_be_lower_cased_or_the_default():
-    config = {"vocab": ["Moon", "the", "tea"], "unknown_word_weight": 2.0}
-    config["word_weights"] = {"moon": 3.0, "the": 0.5}
+    weights = {"moon": 3.0, "the": 0.5}
+    words = ["Moon", "the", "tea"]
+    config = {"vocab": words, "word_weights": weights, "unknown_word_weight": 2.0}
     assert read_word_weights(config).tolist() == [3.0, 0.5, 2.0]
 
 
 @pytest.fixture
 def folder(tiny_bert, tmp_path):
     """A folder that can be read: Transformer, Pooling, Dense, Normalize."""
-    saved(tmp_path / "folder", [Transformer(str(tiny_bert)), Pooling(16), linear(), Normalize()])
+    saved(tmp_path / "folder", [Transformer(str(tiny_bert)), Pooling(16), LINEAR, Normalize()])
     return tmp_path / "folder"
 
 
@@ -97,7 +93,7 @@ def edit(folder: Path, file: str, field: str, value: object, row: int = 0) -> No
 
 
 @pytest.mark.parametrize(
-    ("file", "field", "value"),
+    "file, field, value",
     [
         (SETTINGS, "truncate_dim", 8),
         (SETTINGS, "similarity_fn_name", "euclidean"),
@@ -141,7 +137,7 @@ def test_old_and_new_places_of_modules_are_read(folder, place):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"),
+    "field, value",
     [
         ("type", "another.models.Pooling"),
         ("type", "sentence_transformers.models.LSTM"),
@@ -157,11 +153,11 @@ def test_modules_from_elsewhere_are_refused(folder, field, value):
 
 
 @pytest.mark.parametrize(
-    ("modules", "message"),
+    "modules, message",
     [
         ([], "its modules give max_length, expected"),
-        ([Pooling(16), Normalize(), linear()], "normalise projection, expected"),
-        ([Pooling(16), linear(), linear()], "projection projection, expected"),
+        ([Pooling(16), Normalize(), LINEAR], "normalise projection, expected"),
+        ([Pooling(16), LINEAR, LINEAR], "projection projection, expected"),
         ([Pooling(16), Dense(16, 16, activation_function=None)], "expected a Dense that"),
     ],
 )
@@ -210,7 +206,7 @@ def test_a_plain_checkpoint_is_mean_pooled_without_normalising(kind, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("named", "default", "query", "passage"),
+    "named, default, query, passage",
     [
         ({}, None, "", ""),
         ({"query": "q ", "document": "", "passage": "p "}, None, "q ", ""),

@@ -62,7 +62,7 @@ GOLDEN = [
 ]
 
 
-@pytest.mark.parametrize(("loss", "rows", "golden"), GOLDEN)
+@pytest.mark.parametrize("loss, rows, golden", GOLDEN)
 def test_golden_values_and_gradients(loss, rows, golden):
     value, gradient = measured(loss, *golden_batch(rows))
     found = [value.item(), *gradient[0, :3].tolist()]
@@ -76,7 +76,7 @@ def most_work(x, p, t):
     return -scipy.optimize.linprog(t - p, pairs, abs(pairs @ x), bounds=(None, None)).fun
 
 
-@pytest.mark.parametrize(("loss", "width"), [(spread, 1), (merged, 0)])
+@pytest.mark.parametrize("loss, width", [(spread, 1), (merged, 0)])
 def test_the_1d_form_is_the_distance_on_the_line(loss, width):
     """Passages of one grade lie evenly on `width` below it, best score first."""
     torch.manual_seed(0)
@@ -149,7 +149,7 @@ PILED = [3, 0, 0], 3 / math.log(3), [0.6, 0.2, 0.2], [0.6, 0.4, 0]
 MOVES = [(kl, FAR, 0), (merged, FAR, 0.4), (merged, PILED, 0), (spread, PILED, 0.1)]
 
 
-@pytest.mark.parametrize(("loss", "move", "cost"), MOVES)
+@pytest.mark.parametrize("loss, move, cost", MOVES)
 def test_kl_is_blind_to_distance_and_merged_ties_to_a_favourite_among_equals(loss, move, cost):
     grades, heat, *masses = move
     labels = torch.tensor([grades])
@@ -166,13 +166,12 @@ def test_infonce_by_hand():
 
 
 PADDING = torch.arange(12) % 4 < 3  # the fourth of each list is not there
-EXTREMES = itertools.product(
-    [torch.float32, torch.bfloat16], [0, 1e4], [0, 1], [1, 3], [None, PADDING]
-)
+FORMATS = [torch.float32, torch.bfloat16]
+EXTREMES = [*itertools.product(FORMATS, [0, 1e4], [0, 1], [1, 3], [None, PADDING])]
 
 
 @every_form
-@pytest.mark.parametrize(("dtype", "score", "grade", "rows", "mask"), list(EXTREMES))
+@pytest.mark.parametrize("dtype, score, grade, rows, mask", EXTREMES)
 def test_extremes_are_finite(loss, dtype, score, grade, rows, mask):
     scores, labels = [part[:rows] for part in random_batch(2)]
     extreme = score * scores.to(dtype)
@@ -218,7 +217,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("message", "call"), BAD)
+@pytest.mark.parametrize("message, call", BAD)
 def test_bad_arguments_are_refused(message, call):
     with pytest.raises(ValueError, match=message):
         call()

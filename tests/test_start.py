@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from repro.encoder import BiEncoder
-from repro.support import start
 from repro.support.start import cut_out, sif_weights, warm_up, whitening
 
 
@@ -30,8 +29,8 @@ def test_cuts_are_drawn_with_one_seed():
 @pytest.fixture
 def cloud():
     """Points whose directions are of unequal variance, off the origin."""
-    rng = torch.Generator().manual_seed(0)
-    return torch.randn(500, 6, generator=rng) @ torch.randn(6, 6, generator=rng) + 3
+    torch.manual_seed(0)
+    return torch.randn(500, 6) @ torch.randn(6, 6) + 3
 
 
 def test_whitening_evens_out_the_covariance(cloud):
@@ -53,13 +52,13 @@ def test_very_soft_whitening_is_the_identity(cloud):
 
 def test_warm_up_learns_which_directions_find_the_passage(monkeypatch):
     """Cut and passage agree in the first 4 of 12 directions; the rest is noise of more variance."""
-    rng = torch.Generator().manual_seed(2)
-    signal = torch.randn(640, 4, generator=rng)
-    noise = 1.5 * torch.randn(2, 640, 8, generator=rng)
+    torch.manual_seed(2)
+    signal = torch.randn(640, 4)
+    noise = 1.5 * torch.randn(2, 640, 8)
     cuts = torch.cat([signal, noise[0]], dim=1)
     passages = torch.cat([signal, noise[1]], dim=1)
-    monkeypatch.setattr(start, "LR", 3e-2)  # a toy needs fewer and larger steps
-    monkeypatch.setattr(start, "EPOCHS", 10)
+    monkeypatch.setattr("repro.support.start.LR", 3e-2)  # a toy needs fewer and larger steps
+    monkeypatch.setattr("repro.support.start.EPOCHS", 10)
     w = warm_up(torch.eye(12), cuts, passages)
     of_signal = w[:, :4].norm()
     of_noise = w[:, 4:].norm()

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import graded_lists, write_jsonl, write_lists
-from torch.testing import assert_close
+from conftest import assert_close, graded_lists, write_jsonl, write_lists
+from test_data import write_collection
 
 from repro import train
-from repro.data import as_collection
 from repro.encoder import BiEncoder
 from repro.losses import LOSSES
 from repro.train import TrainConfig, filled, loss_function, main, train_encoder
@@ -22,12 +21,10 @@ from repro.train import TrainConfig, filled, loss_function, main, train_encoder
 SMALL = {"batch_size": 4, "steps": 2, "temperature": 1, "lr": 5e-3, "device": "cpu"}
 
 
-def trained(model, **options):
-    """A short run in memory: the encoder and the losses."""
-    encoder = BiEncoder.load(model, "cpu")
-    config = TrainConfig(**SMALL | options)
-    _, rows, _ = train_encoder(encoder, graded_lists(), config)
-    return encoder, [row["loss"] for row in rows]
+def losses(encoder, **options):
+    """Those of a short run in memory."""
+    _, rows, _ = train_encoder(encoder, graded_lists(), TrainConfig(**SMALL | options))
+    return [row["loss"] for row in rows]
 
 
 @pytest.fixture
@@ -35,8 +32,8 @@ def arguments(tiny_bert, tmp_path, monkeypatch):
     """What the command takes, in a folder with two files of lists, of four and of two passages."""
     monkeypatch.chdir(tmp_path)
     write_lists(Path("lists.jsonl"))
-    pairs = [{"query": text, "passages": {"3": "tea", "0": "coffee"}} for text in ("tea", "bread")]
-    write_jsonl(Path("pairs.jsonl"), pairs)
+    pair = '{"query": "tea", "passages": {"3": "tea", "0": "coffee"}}\n'
+    write_jsonl(Path("pairs.jsonl"), pair + pair.replace("tea", "bread"))
     line = f"--model {tiny_bert} --out out --batch-size 6 --device cpu --lr 5e-3"
     return ["--lists", "lists.jsonl", "pairs.jsonl", *line.split()]
 
@@ -46,9 +43,9 @@ def read_record(folder="out"):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_every_loss_goes_down(loss, tiny_llama):
-    _, losses = trained(tiny_llama, loss=loss, steps=12, temperature=0.5)
-    assert sum(losses[-4:]) < 0.9 * sum(losses[:4])
+def test_every_loss_goes_down(loss, llama):
+    found = losses(llama, loss=loss, steps=12, temperature=0.5)
+    assert sum(found[-4:]) < 0.9 * sum(found[:4])
 
 
 def test_the_learning_rate_rises_and_falls_linearly():
@@ -57,68 +54,72 @@ def test_the_learning_rate_rises_and_falls_linearly():
     assert found == pytest.approx([0.5, 1, 0.75, 0.5, 0.25])
 
 
-def test_an_epoch_visits_every_list_once_in_an_order_of_its_own(tiny_llama):
+def test_an_epoch_visits_every_list_once_in_an_order_of_its_own(llama):
     seen = []
-    encoder = BiEncoder.load(tiny_llama, "cpu")
-    encoder.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs[0]))
-    train_encoder(encoder, graded_lists(8), TrainConfig(**SMALL | {"steps": 4}))
-    assert len({*seen}) == 8
-    assert sorted(seen[:8]) == sorted(seen[8:])
-    assert seen[:8] != seen[8:]
+    llama.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs[0]))
+    losses(llama, epochs=2, steps=None)
+    assert len({*seen}) == 16
+    assert sorted(seen[:16]) == sorted(seen[16:])
+    assert seen[:16] != seen[16:]
 
 
 def test_the_same_seed_gives_the_same_losses_and_another_seed_others(tiny_bert):
-    losses = [trained(tiny_bert, seed=seed, dropout=0.1)[1] for seed in (1, 1, 2)]
-    assert losses[0] == losses[1]
-    assert losses[0] != losses[2]
+    one, again, other = [
+        losses(BiEncoder.load(tiny_bert, "cpu"), seed=seed, dropout=True) for seed in (1, 1, 2)
+    ]
+    assert one == again
+    assert one != other
 
 
-def test_dropout_is_what_was_asked_for(tiny_bert):
-    encoder, _ = trained(tiny_bert)  # none, where BERT's own is .1
-    assert encoder.model.config.hidden_dropout_prob == 0
-
-
-def test_the_gradients_of_accumulated_losses_are_averaged(tiny_llama):
-    encoder = BiEncoder.load(tiny_llama, "cpu")
-    config = TrainConfig(**SMALL, accumulate=2)
-    losses = []
-    for batch in train.batches(graded_lists(8), config, 0):
+def test_there_is_dropout_only_if_asked_for(tiny_bert):
+    config = TrainConfig(**SMALL)
+    batch = next(train.batches(graded_lists(), config, 0))
+    for dropout in (False, True):
+        encoder = BiEncoder.load(tiny_bert, "cpu")
         scores, labels, _ = train.score_batch(encoder, batch)
-        losses.append(loss_function(config)(scores, labels))
-    gradients = torch.autograd.grad(sum(losses) / 2, encoder.trainable())
-    row = next(train.fit(encoder, graded_lists(8), config))
+        without = pytest.approx(loss_function(config)(scores, labels).item())
+        first, _ = losses(encoder, dropout=dropout)
+        assert (first != without) == dropout
+
+
+def test_the_gradients_of_accumulated_losses_are_averaged(llama):
+    config = TrainConfig(**SMALL, accumulate=2)
+    total = 0
+    for batch in train.batches(graded_lists(8), config, 0):
+        scores, labels, _ = train.score_batch(llama, batch)
+        total += loss_function(config)(scores, labels)
+    gradients = torch.autograd.grad(total / 2, list(llama.parameters()))
+    row = next(train.fit(llama, graded_lists(8), config))
     norm = torch.nn.utils.get_total_norm(gradients)
     assert row["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
 
 
 def test_settings_reach_the_loss():
     options = {"temperature": 2, "label_temperature": 3, "ties": "merged"}
-    assert loss_function(TrainConfig(loss="wasserstein-1d", **options)).keywords == options
+    assert loss_function(TrainConfig(loss="wasserstein_1d", **options)).keywords == options
     assert loss_function(TrainConfig(loss="infonce", **options)).keywords == {"temperature": 2}
 
 
-def test_a_linear_map_trains_longer_at_a_higher_rate(tiny_llama):
-    encoder = BiEncoder.load(tiny_llama, "cpu")
-    mapped = BiEncoder(encoder.model, encoder.tokenizer, projection=torch.eye(16))
+def test_a_linear_map_trains_longer_at_a_higher_rate(llama):
+    mapped = BiEncoder(llama.model, llama.tokenizer, projection=torch.eye(16))
     config, rows, _ = train_encoder(mapped, graded_lists(), TrainConfig(batch_size=4))
     assert (config.lr, len(rows)) == (4e-4, 20)
     assert not mapped.projection.equal(torch.eye(16))
 
 
-@pytest.mark.parametrize(("ranks", "size"), [(1, 6), (4, 4)])
+@pytest.mark.parametrize("ranks, size", [(1, 6), (4, 4)])
 def test_with_few_lists_a_batch_is_smaller_and_this_is_said(
-    ranks, size, tiny_llama, monkeypatch, capsys
+    ranks, size, llama, monkeypatch, capsys
 ):
     monkeypatch.setattr(train, "RANKS", ranks)
-    config = filled(TrainConfig(), BiEncoder.load(tiny_llama, "cpu"), 6)
+    config = filled(TrainConfig(), llama, 6)
     assert (config.batch_size, config.steps, config.lr) == (size, 1, 1e-5)
     assert capsys.readouterr().err == f"6 lists: a batch is {size} of them\n"
 
 
-def test_settings_that_leave_no_step_are_refused(tiny_llama):
-    encoder = BiEncoder.load(tiny_llama, "cpu")
+def test_settings_that_leave_no_step_are_refused(llama):
     with pytest.raises(ValueError, match="^16 lists: too few for a step"):
-        filled(TrainConfig(accumulate=2), encoder, 16)
+        filled(TrainConfig(accumulate=2), llama, 16)
 
 
 def test_the_command_says_and_records_what_it_did(arguments, capsys):
@@ -126,7 +127,8 @@ def test_the_command_says_and_records_what_it_did(arguments, capsys):
     record = read_record()
     fitted = record["settings"]["temperature"]
     assert f"temperature {fitted:.4g}" in capsys.readouterr().out
-    assert [record[key] for key in ("queries", "steps", "ranks")] == [18, 3, 1]
+    assert record["settings"]["steps"] == 3
+    assert [record[key] for key in ("queries", "ranks")] == [18, 1]
     rows = [json.loads(line) for line in Path("out/log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2]
     assert {*rows[0]} == {"step", "loss", "lr", "grad_norm"}
@@ -141,7 +143,7 @@ def test_two_ranks_with_gradient_caching_equal_one_process_without(arguments, mo
     subprocess.run([sys.executable, *torchrun.split(), *arguments, *more], check=True)
     assert read_record("two")["ranks"] == 2
     one, two = [BiEncoder.load(folder).encode(["moon tide"]) for folder in ("out", "two")]
-    assert_close(two, one, atol=1e-5, rtol=0)
+    assert_close(two, one)
 
 
 def test_prompts_are_trained_with_and_saved(arguments):
@@ -172,7 +174,7 @@ ERRORS = [
 ]
 
 
-@pytest.mark.parametrize(("option", "word"), ERRORS)
+@pytest.mark.parametrize("option, word", ERRORS)
 def test_after_an_error_nothing_is_left(option, word, arguments, capsys):
     assert main([*arguments, option]) == 2
     assert word in capsys.readouterr().err
@@ -193,7 +195,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("name", "value"), BAD)
+@pytest.mark.parametrize("name, value", BAD)
 def test_a_bad_setting_is_named(name, value):
     with pytest.raises(ValueError, match=name):
         TrainConfig(**{name: value})
@@ -212,6 +214,11 @@ RELEASED = [
     f"{LISTS} --loss wasserstein_gaussian",
     f"{LISTS} {REAL} --loss wasserstein_gaussian",
 ]
+GRADES = "q1 p1 3\nq1 p2 2\nq1 p3 1\nq1 4 0\nq2 p2 3\nq2 p3 2\nq2 p1 1\nq2 4 0\n"
+NEGATIVES = """
+{"qid": "q1", "docid": ["p1", "4", "p2"]}
+{"qid": "q2", "docid": ["p1", "4", "p2"]}
+"""
 
 
 @pytest.mark.parametrize("options", RELEASED)
@@ -219,18 +226,9 @@ def test_a_released_experiment_takes_its_first_steps(options, tiny_bert, tmp_pat
     """In a folder that has the released layout under the names of the hub."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny_bert, "facebook/contriever")
-    corpus, queries, qrels = as_collection(graded_lists(8))
-    folder = Path("mteb/msmarco")
-    (folder / "qrels").mkdir(parents=True)
-    lines = []
-    for query, judged in qrels.items():
-        lines += [f"{query}\t{key}\t{grade}\n" for key, grade in judged.items()]
-    (folder / "qrels/train.tsv").write_text("".join(lines))
-    for name, texts in (("corpus", corpus), ("queries", queries)):
-        rows = [{"_id": key, "text": text} for key, text in texts.items()]
-        write_jsonl(folder / f"{name}.jsonl", rows)
+    qrels = GRADES.replace(" ", "\t")
+    folder = write_collection(Path("mteb/msmarco"), "train", qrels=qrels)
     shutil.copytree(folder, "BatsResearch/sycl/llama33_70b")
-    Path(MINED).parent.mkdir(parents=True)
-    write_jsonl(Path(MINED), [{"qid": key, "docid": list(corpus)} for key in queries])
+    write_jsonl(Path(MINED), NEGATIVES)
     assert main([*USUAL.split(), *options.split()]) == 0
-    assert read_record()["steps"] == 2
+    assert read_record()["settings"]["steps"] == 2

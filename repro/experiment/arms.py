@@ -1,4 +1,4 @@
-"""What is compared: the starts, the arms, the ladder, the ablations, the lists that arms train on.
+"""What is trained: the starts, the arms, the ablations, the lists that arms train on.
 
 All arms of a start begin at the same encoder, see batches of the same size, and are trained at the
 temperature that `fit_temperature` finds on their own lists before training.
@@ -6,11 +6,9 @@ temperature that `fit_temperature` finds on their own lists before training.
 
 import random
 from dataclasses import dataclass, replace
-from itertools import product
 
 from repro.data import (
     AUTHORED,
-    Collection,
     Lists,
     Place,
     as_collection,
@@ -20,15 +18,14 @@ from repro.data import (
 )
 from repro.recipes import combine, real_lists, recipe
 
-BATCH = 16  # lists in one loss
-SPLIT_SEED, HELD_OUT, QUESTIONS = 0, 0.1, 150  # development: a share of authored lists; WikiQA's
+QUESTIONS = 150  # of WikiQA's, in the development data
 
 
 @dataclass
 class Start:
     """Where arms begin, and what all of them share there."""
 
-    rates: tuple[float, ...]  # learning rates that development data choose from
+    rates: tuple  # learning rates that development data choose from
     seeds: int
     steps: int | None  # None: one epoch
 
@@ -44,7 +41,7 @@ class Arm:
     """One way of training: the lists, the loss, and what an ablation changes."""
 
     name: str
-    loss: str
+    loss: str = ""
     lists: str = "graded"  # graded, binary, real, same questions, synthetic + real
     ties: str = "spread"
     label_temperature: float = 1.0
@@ -53,7 +50,7 @@ class Arm:
     tuned_as: str = ""  # the main arm whose learning rate an ablation takes
 
 
-MAIN = (
+MAIN = [
     Arm("InfoNCE", "infonce", "binary"),  # released synthetic binary
     Arm("KL, binary", "kl", "binary"),
     Arm("KL", "kl"),
@@ -67,41 +64,30 @@ MAIN = (
     Arm("1-D W, same questions", "wasserstein_1d", "same questions"),
     Arm("Gaussian W2, synthetic + real", "wasserstein_gaussian", "synthetic + real"),  # released
     Arm("1-D W, synthetic + real", "wasserstein_1d", "synthetic + real"),
-)
-REFERENCES = (Arm("start", ""), Arm("BM25", ""))  # nothing is trained
+]
+REFERENCES = [Arm("start"), Arm("BM25")]  # nothing is trained
 BY_NAME = {arm.name: arm for arm in MAIN}
-# Each rung changes one thing: (arm below, arm above, what changes).
-LADDER = (
-    ("InfoNCE", "KL, binary", "soft target"),
-    ("KL, binary", "KL", "levels"),
-    ("KL", "Gaussian W2", "loss: Gaussian W2"),
-    ("KL", "1-D W", "loss: 1-D W"),
-)
 FOUR = ("InfoNCE", "KL", "Gaussian W2", "1-D W")
 ABLATION_SEEDS, ABLATION_START = 3, "base"
-# {group: (the field that it changes, how it calls a changed arm, the values, the main arms)}
+# {group: (the field that it changes, how it calls a changed arm, the values, the main arms)}.  The
+# value 1 is that of a main arm itself.
 CHANGES = {
-    "temperature": ("multiple", "{}, {:g} x temperature", (0.25, 0.5, 2.0, 4.0), FOUR),
+    "temperature": ("multiple", "{}, {:g} x temperature", (0.25, 0.5, 1.0, 2.0, 4.0), FOUR),
     "label temperature": (
         "label_temperature",
         "{}, label temperature {:g}",
-        (0.3, 0.5, 2.0),
+        (0.3, 0.5, 1.0, 2.0),
         FOUR[1:],  # InfoNCE has none
     ),
     "queries": ("queries", "{}, {} queries", (100, 300, 1000), FOUR),
 }
-
-
-def changed(group: str) -> list[Arm]:
-    """A group of ablations: main arms with one field changed and their learning rate kept."""
-    field, words, values, names = CHANGES[group]
-    return [
-        replace(BY_NAME[name], name=words.format(name, value), tuned_as=name, **{field: value})
-        for value, name in product(values, names)
-    ]
-
-
-ABLATIONS = {group: changed(group) for group in CHANGES}
+ABLATIONS = []  # main arms with one field changed and their learning rate kept
+for field, words, values, names in CHANGES.values():
+    for value in values:
+        for name in names:
+            if value != 1:
+                change = {"name": words.format(name, value), "tuned_as": name, field: value}
+                ABLATIONS.append(replace(BY_NAME[name], **change))
 
 
 @dataclass
@@ -111,7 +97,7 @@ class Sources:
     authored: Lists
     same_questions: Lists
     real: list[Lists]  # by seed: one annotated positive and two others are drawn
-    development: list[Collection]
+    development: list  # of collections
 
 
 def load_sources(wikiqa: Place, seeds: int) -> Sources:
@@ -120,16 +106,16 @@ def load_sources(wikiqa: Place, seeds: int) -> Sources:
     Development data: held-out authored lists, and WikiQA train questions, which no arm trains on,
     over all its sentences.
     """
-    authored, held_out = split_lists(load_lists(AUTHORED), HELD_OUT, SPLIT_SEED)
+    authored, held_out = split_lists(load_lists(AUTHORED), 0.1, seed=0)
     same_questions = load_lists(AUTHORED.with_name("wikiqa-graded.jsonl"), wikiqa)
+    free = {item.id for item in real_lists(wikiqa)} - {item.id for item in same_questions}
+    questions = random.Random(0).sample(sorted(free), QUESTIONS)
     corpus, queries, qrels = load_beir(wikiqa, "train")
-    by_seed = [real_lists(wikiqa, seed=seed) for seed in range(seeds)]
-    free = {item.id for item in by_seed[0]} - {item.id for item in same_questions}
-    questions = sorted(random.Random(SPLIT_SEED).sample(sorted(free), QUESTIONS))
-    real = []
-    for lists in by_seed:
-        real.append([item for item in lists if item.id not in questions])
-    judged = {question: qrels[question] for question in questions}
+    judged = {question: qrels[question] for question in sorted(questions)}
+    real = [
+        [item for item in real_lists(wikiqa, seed=seed) if item.id not in judged]
+        for seed in range(seeds)
+    ]
     development = [as_collection(held_out), (corpus, queries, judged)]
     return Sources(authored, same_questions, real, development)
 

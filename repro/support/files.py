@@ -12,6 +12,8 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppres
 from pathlib import Path
 from typing import Any
 
+Place = str | Path
+
 
 def one_line(text: object, most: int = 300) -> str:
     """Text from outside, fit for a terminal: printable, single spaces, cut at `most`."""
@@ -20,11 +22,12 @@ def one_line(text: object, most: int = 300) -> str:
 
 
 @contextmanager
-def naming(what: object, *kinds: type[Exception]) -> Iterator[None]:
-    """Make errors of these kinds a ValueError that says in front what failed."""
+def naming(what: object, *kinds: type) -> Iterator:
+    """Make errors of these kinds, or all, a ValueError that says in front what failed."""
+    expected = kinds or (Exception,)
     try:
         yield
-    except kinds as error:
+    except expected as error:
         raise ValueError(f"{what}: {one_line(error)}") from error
 
 
@@ -36,7 +39,7 @@ class _Console:
 
     def __init__(self, stream: Any) -> None:
         self.stream = stream or io.StringIO()  # Python has None for one that was closed before
-        if isinstance(stream, io.TextIOWrapper):  # not so in a notebook
+        with suppress(AttributeError):  # a notebook's stream has other settings
             stream.reconfigure(errors="backslashreplace")
 
     def __getattr__(self, name: str) -> Any:
@@ -53,44 +56,51 @@ class _Console:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
-def run_command(work: Callable[[], object]) -> int:
+def run_command(work: Callable) -> int:
     """Do the work of a command and return its exit code, which printing cannot change.
 
     0, or 2 with a sentence on stderr (bad input, files, memory), or 130 after Ctrl-C.
     """
-    code = 0
     with redirect_stdout(_Console(sys.stdout)), redirect_stderr(_Console(sys.stderr)):
         try:
             work()
+            return 0
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr)
-            code = 130
+            return 130
         except Exception as error:
             out_of_memory = type(error).__name__ == "OutOfMemoryError"  # torch's, not imported here
             if not (out_of_memory or isinstance(error, ValueError | OSError)):
                 raise
             print(f"error: {one_line(error, 1000)}", file=sys.stderr)
-            code = 2
-        sys.stdout.flush()
-        sys.stderr.flush()
-    return code
+            return 2
+        finally:
+            sys.stdout.flush()
 
 
-def options(module: str, argv: list[str] | None, *kinds: type) -> tuple[Any, ...]:
-    """One value of each dataclass out of a command line, an option a field.
+def command_line(work: Callable, *kinds: type) -> Callable:
+    """main(argv=None) -> exit code: hand `work` a value of each dataclass, an option a field.
 
     The docstring of the first is the help.  A command line that does not fit ends the program.
     """
-    from transformers import HfArgumentParser  # here, since the metrics do without torch
 
-    text, layout = kinds[0].__doc__, RawDescriptionHelpFormatter
-    prog = f"python -m {module}"
-    parser = HfArgumentParser(kinds, prog=prog, description=text, formatter_class=layout)
-    return parser.parse_args_into_dataclasses(argv)
+    def main(argv: list | None = None) -> int:
+        from transformers import HfArgumentParser  # here, since the metrics do without torch
+
+        parser = HfArgumentParser(
+            kinds,
+            prog=f"python -m {sys.modules[work.__module__].__spec__.name}",
+            description=kinds[0].__doc__,
+            formatter_class=RawDescriptionHelpFormatter,
+        )
+        return run_command(lambda: work(*parser.parse_args_into_dataclasses(argv)))
+
+    return main
 
 
-def _check_place(path: Path) -> Path:
-    """`path`, if something can be made there; leaves nothing behind."""
+def _writable(place: Place) -> Path:
+    """The absolute path of a place where something can be made; leaves nothing behind."""
+    path = Path(place).expanduser().resolve()
     parent = path.parent
     while not parent.exists():
         parent = parent.parent
@@ -99,55 +109,56 @@ def _check_place(path: Path) -> Path:
     return path
 
 
-def check_output(path: str | Path, overwrite: bool = False) -> Path:
+def check_output(path: Place, overwrite: bool = False) -> Path:
     """The absolute path of a file that may be written; nothing is created.
 
     Raises ValueError if it exists and is not to be overwritten, is a folder, or cannot be written.
     """
-    path = Path(path).expanduser().resolve()
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path}: is not a file, expected the name of one")
-    if path.exists() and not overwrite:
-        raise ValueError(f"{path}: exists; name another file, or give --overwrite")
-    return _check_place(path)
+    path = _writable(path)
+    if path.exists():
+        if not path.is_file():
+            raise ValueError(f"{path}: is not a file, expected the name of one")
+        if not overwrite:
+            raise ValueError(f"{path}: exists; name another file, or give --overwrite")
+    return path
 
 
 @contextmanager
-def _beside(path: Path) -> Iterator[Path]:
+def _beside(path: Path) -> Iterator:
     """A place beside `path` for what is not whole yet; what stays there is removed in the end."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as scratch:
         yield Path(scratch, path.name)
 
 
-def write_text(path: str | Path, text: str) -> None:
+def write_text(path: Place, text: str) -> None:
     """Write a UTF-8 file whole or not at all; missing folders are made."""
     with _beside(Path(path)) as scratch:
-        scratch.write_text(text, encoding="utf-8", newline="\n")
+        scratch.write_bytes(text.encode())
         scratch.replace(path)
 
 
-def write_json(path: str | Path, content: dict[str, Any]) -> None:
+def write_json(path: Place, content: dict) -> None:
     """Write an object as indented JSON, whole or not at all."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-def check_new_folder(folder: str | Path, overwrite: bool = False) -> Path:
+def check_new_folder(folder: Place, overwrite: bool = False) -> Path:
     """The absolute path of a folder that may be made; nothing is created.
 
     Raises ValueError if something is there (an empty folder may be; with `overwrite`, one that
     holds a train.json), or if nothing can be made there.
     """
-    path = Path(folder).expanduser().resolve()
+    path = _writable(folder)
     trained = overwrite and (path / "train.json").is_file()
     empty = path.is_dir() and not any(path.iterdir())
     if path.exists() and not trained and not empty:
         raise ValueError(f"{path}: exists; --overwrite replaces a folder only with a train.json")
-    return _check_place(path)
+    return path
 
 
 @contextmanager
-def new_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
+def new_folder(folder: Place, overwrite: bool = False) -> Iterator:
     """A scratch folder that takes the place of `folder` if the block ends well, or else is removed.
 
     Raises what `check_new_folder` raises.

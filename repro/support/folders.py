@@ -16,58 +16,46 @@ from torch import Tensor
 
 from repro.support.files import naming, new_folder, one_line, write_json
 
-Config = dict[str, Any]
-
-PACKAGE = "sentence_transformers.models"  # where versions 2 to 6 find their modules
 # A module's type names its package; this one has had three places for them.
-MODULE = re.compile(
+MODULE = (
     r"sentence_transformers\.(models|(sentence_transformer|base)\.modules)(\.\w+)?"
     r"\.(?P<kind>Transformer|WordWeights|Pooling|Dense|Normalize)"
 )
 # The options of `BiEncoder` that the modules of a readable folder give, in their order.
-ORDER = re.compile(r"max_length( token_weights)? pooling( centre)?( projection)?( normalise)?")
+ORDER = r"max_length( token_weights)? pooling( centre)?( projection)?( normalise)?"
 # Architectures of checkpoints without modules.json that are plain encoders, or can become one.
-PLAIN = re.compile(r"(Model|ForMaskedLM|ForPreTraining|ForCausalLM|Contriever)$")
-IDENTITY = "torch.nn.modules.linear.Identity"
-
-# The fields of configurations that are used here, or change nothing.
-FREE = {
-    "__version__",
-    "bias",
-    "default_prompt_name",
-    "embedding_dimension",
-    "in_features",
-    "max_seq_length",
-    "modality_config",
-    "out_features",
-    "prompts",
-    "requirements",
-    "unknown_word_weight",
-    "unpad_inputs",
-    "vocab",
-    "word_embedding_dimension",
-    "word_weights",
-}
-# The values that other fields may have.
-FIXED = {
-    "activation_function torch.nn.Identity",
-    f"activation_function {IDENTITY}",
-    "include_prompt True",
-    "model_type SentenceTransformer",
-    "module_input_name sentence_embedding",
-    "module_output_name sentence_embedding",
-    "module_output_name token_embeddings",
-    "pooling_mode cls",
-    "pooling_mode mean",
-    "pooling_mode_cls_token True",
-    "pooling_mode_mean_tokens True",
-    "similarity_fn_name cosine",
-    "similarity_fn_name dot",
-    "transformer_task feature-extraction",
-}
-# Beside these values, all fields but a few may have none.
-NOTHING = [None, False, "", [], {}]
-NEEDED = {"activation_function", "include_prompt", "pooling_mode"}
+PLAIN = r"(Model|ForMaskedLM|ForPreTraining|ForCausalLM|Contriever)$"
+# "field value" of what a configuration may say: fields that are used here, or change nothing; the
+# values that others may have; and no value, which all but three may have.
+ACCEPTED = r"""(?x)
+    (
+        __version__
+        | bias
+        | default_prompt_name
+        | embedding_dimension
+        | in_features
+        | max_seq_length
+        | modality_config
+        | out_features
+        | prompts
+        | requirements
+        | unknown_word_weight
+        | unpad_inputs
+        | vocab
+        | word_embedding_dimension
+        | word_weights
+    )\ .*
+    | activation_function\ torch\.nn\.(modules\.linear\.)?Identity
+    | include_prompt\ True
+    | model_type\ SentenceTransformer
+    | module_input_name\ sentence_embedding
+    | module_output_name\ (sentence_embedding|token_embeddings)
+    | pooling_mode\ (cls|mean)
+    | pooling_mode_(cls_token|mean_tokens)\ True
+    | similarity_fn_name\ (cosine|dot)
+    | transformer_task\ feature-extraction
+    | (?!activation_function\ |include_prompt\ |pooling_mode\ )\w+\ (None|False|0|\[\]|\{\}|)
+"""
 
 
 def read_json(path: Path) -> Any:
@@ -75,24 +63,20 @@ def read_json(path: Path) -> Any:
     if not path.is_file():
         return {}
     with naming(f"{path}: expected JSON", ValueError):
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_bytes())
 
 
-def read_config(path: Path) -> Config:
+def read_config(path: Path) -> dict:
     """A configuration; ValueError naming the fields whose values this kit does not have."""
     config = read_json(path)
-    lacking = []
-    for field, value in config.items():
-        shown = f"{field} {one_line(value)}"
-        nothing = value in NOTHING and field not in NEEDED
-        if not (nothing or field in FREE or shown in FIXED):
-            lacking.append(shown)
+    given = [f"{field} {one_line(value)}" for field, value in config.items()]
+    lacking = [field for field in given if not re.fullmatch(ACCEPTED, field)]
     if lacking:
         raise ValueError(f"{path}: this kit does not have {', '.join(lacking)}")
     return config
 
 
-def read_word_weights(config: Config) -> Tensor:
+def read_word_weights(config: dict) -> Tensor:
     """(V,): a token's own weight, else that of its lower-cased form, else the default."""
     known = config["word_weights"]
     default = config.get("unknown_word_weight", 1.0)
@@ -100,61 +84,47 @@ def read_word_weights(config: Config) -> Tensor:
     return torch.tensor(weights)
 
 
-def read_dense(folder: Path, config: Config) -> Config:
+def read_dense(folder: Path, config: dict) -> tuple:
     """A centre where the layer only subtracts one, a linear map where it has no bias."""
     weights = load_file(folder / "model.safetensors")
     weight = weights["linear.weight"].float()
     bias = weights.get("linear.bias", torch.zeros(1)).float()
-    is_linear = "activation_function" in config  # without one it is Tanh
-    if is_linear and not bias.any():
-        return {"projection": weight}
-    if is_linear and torch.equal(weight, torch.eye(len(weight))):
-        return {"centre": -bias}
+    if "activation_function" in config:  # without one it is Tanh
+        if not bias.any():
+            return "projection", weight
+        if torch.equal(weight, torch.eye(len(weight))):
+            return "centre", -bias
     raise ValueError(
         f"{folder}: expected a Dense that subtracts a centre or has no bias, "
         "with an activation_function"
     )
 
 
-def read_module(folder: Path, row: Config) -> Config:
-    """The options of `BiEncoder` that a module of modules.json gives."""
-    module = MODULE.fullmatch(row["type"])
+def read_module(folder: Path, row: dict) -> tuple:
+    """The option of `BiEncoder`, (name, value), that a module of modules.json gives."""
+    module = re.fullmatch(MODULE, row["type"])
     path = (folder / row["path"]).resolve()
     if not module or not path.is_relative_to(folder.resolve()):
         raise ValueError(f"{folder}: this kit has no module {one_line(row)}")
     kind = module["kind"]
     if kind == "Transformer":
         config = read_config(next(path.glob("sentence_*_config.json"), path))
-        return {"max_length": config.get("max_seq_length")}
+        return "max_length", config.get("max_seq_length")
     config = read_config(path / "config.json")
-    if kind == "WordWeights":
-        return {"token_weights": read_word_weights(config)}
-    if kind == "Dense":
-        return read_dense(path, config)
-    if kind == "Normalize":
-        return {"normalise": True}
+    match kind:
+        case "WordWeights":
+            return "token_weights", read_word_weights(config)
+        case "Dense":
+            return read_dense(path, config)
+        case "Normalize":
+            return "normalise", True
     mode = "cls" if config.get("pooling_mode_cls_token") else "mean"  # so older folders say it
     if mode == "cls" and config.get("pooling_mode_mean_tokens"):
         raise ValueError(f"{path}: expected one pooling mode, found cls and mean")
-    return {"pooling": config.get("pooling_mode", mode)}
+    return "pooling", config.get("pooling_mode", mode)
 
 
-def check_order(steps: list[str], options: Config) -> None:
-    """ValueError if the modules come in another order, or in part, or weigh tokens for cls."""
-    weighted_cls = "token_weights" in options and options["pooling"] == "cls"
-    if weighted_cls or not ORDER.fullmatch(" ".join(steps)):
-        raise ValueError(f"its modules give {' '.join(steps)}, expected {ORDER.pattern}")
-
-
-def check_plain(folder: Path) -> None:
-    """ValueError if a checkpoint without modules.json is no plain encoder."""
-    config = read_json(folder / "config.json")
-    for kind in config.get("architectures") or []:
-        if config.get("is_encoder_decoder") or not PLAIN.search(kind):
-            raise ValueError(f"{folder}: is a {one_line(kind)}, expected a text encoder")
-
-
-def read_prompts(settings: Config) -> dict[str, str]:
+def read_prompts(settings: dict) -> dict:
     """The prompts for which `encode_query` and `encode_document` of sentence-transformers look.
 
     A folder that names none of a kind has its default prompt.
@@ -165,48 +135,54 @@ def read_prompts(settings: Config) -> dict[str, str]:
     return {"query": named.get("query", default), "passage": named.get("document", passage)}
 
 
-def read_folder(folder: Path) -> tuple[Config, Path]:
+def read_folder(folder: Path) -> tuple:
     """(options of `BiEncoder`, the transformer's folder) that a model's folder asks for.
 
     A plain transformer, without modules.json, gets no "pooling" option.  Of the ways to compare
     vectors an explicit "cosine" normalises; "dot", or none, leaves them as they are.  Raises
     ValueError for what this kit does not have.
     """
-    options: Config = {}
-    steps: list[str] = []
     root = folder
-    with naming(f"{folder}: is no text encoder of this kit", Exception):
+    with naming(f"{folder}: is no text encoder of this kit"):
         settings = read_config(folder / "config_sentence_transformers.json")
         rows = read_json(folder / "modules.json")
-        for row in rows:
-            found = read_module(folder, row)
-            steps += found
-            options |= found
+        given = [read_module(folder, row) for row in rows]
+        options = dict(given)
         if rows:
             root = folder / rows[0]["path"]
-            check_order(steps, options)
+            steps = " ".join(name for name, _ in given)
+            weighted_cls = "token_weights" in options and options["pooling"] == "cls"
+            if weighted_cls or not re.fullmatch(ORDER, steps):
+                raise ValueError(f"its modules give {steps}, expected {ORDER}")
         else:
-            check_plain(folder)
+            config = read_json(folder / "config.json")
+            for kind in config.get("architectures") or []:
+                if config.get("is_encoder_decoder") or not re.search(PLAIN, kind):
+                    raise ValueError(f"{folder}: is a {one_line(kind)}, expected a text encoder")
         options["prompts"] = read_prompts(settings)
     if settings.get("similarity_fn_name") == "cosine":
         options["normalise"] = True
     return options, root
 
 
-def dense(weight: Tensor, bias: Tensor) -> tuple[str, Config, dict[str, Tensor]]:
+def dense(weight: Tensor, bias: Tensor) -> tuple:
     """The module x -> W x + b."""
     outputs, inputs = weight.shape
-    config = {"in_features": inputs, "out_features": outputs, "activation_function": IDENTITY}
-    weights = {"linear.weight": weight, "linear.bias": bias}
-    return "Dense", config, weights
+    config = {
+        "in_features": inputs,
+        "out_features": outputs,
+        "activation_function": "torch.nn.modules.linear.Identity",
+    }
+    return "Dense", config, {"linear.weight": weight, "linear.bias": bias}
 
 
-def modules(encoder: Any) -> Iterator[tuple[str, Config, dict[str, Tensor]]]:
-    """(kind, configuration, weights) of each module after the transformer."""
+def modules(encoder: Any) -> Iterator:
+    """(kind, configuration, weights) of each module."""
     width = encoder.model.config.hidden_size
+    yield "Transformer", {"max_seq_length": encoder.max_length}, {}
     if encoder.token_weights is not None:
         weights = encoder.token_weights.tolist()
-        words = encoder.tokenizer.convert_ids_to_tokens(list(range(len(weights))))
+        words = encoder.tokenizer.convert_ids_to_tokens(range(len(weights)))
         table = dict(zip(words, weights, strict=True))
         yield "WordWeights", {"vocab": words, "word_weights": table}, {}
     yield "Pooling", {"word_embedding_dimension": width, "pooling_mode": encoder.pooling}, {}
@@ -228,17 +204,21 @@ def write_folder(encoder: Any, folder: Path) -> Path:
         "default_prompt_name": "document",
         "similarity_fn_name": "dot",
     }
-    rows = [{"idx": 0, "name": "0", "path": "", "type": f"{PACKAGE}.Transformer"}]
+    rows = []
     with new_folder(folder) as root:
         encoder.model.save_pretrained(root)
         encoder.tokenizer.save_pretrained(root)
-        write_json(root / "sentence_bert_config.json", {"max_seq_length": encoder.max_length})
         write_json(root / "config_sentence_transformers.json", settings)
-        for n, (kind, config, weights) in enumerate(modules(encoder), 1):
+        for n, (kind, config, weights) in enumerate(modules(encoder)):
             path = f"{n}_{kind}"
-            write_json(root / path / "config.json", config)
+            file = f"{path}/config.json"
+            if kind == "Transformer":
+                path = ""  # it lies in the folder itself, which has its own config.json
+                file = "sentence_bert_config.json"
+            write_json(root / file, config)
             if weights:
                 save_file(weights, root / path / "model.safetensors")
-            rows.append({"idx": n, "name": str(n), "path": path, "type": f"{PACKAGE}.{kind}"})
+            module = f"sentence_transformers.models.{kind}"  # where versions 2 to 6 find it
+            rows.append({"idx": n, "name": str(n), "path": path, "type": module})
         write_json(root / "modules.json", rows)
     return folder

