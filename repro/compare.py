@@ -56,8 +56,7 @@ def compare(differences: dict, seed: int = 0) -> Comparison:
     # So many at a time, for memory.
     drawn = bootstrap(rows, mean_of_means, method="percentile", batch=500, rng=rng)
     low, high = map(float, drawn.confidence_interval)
-    p = float(as_far.mean())
-    return Comparison(difference, low, high, p, len(shares))
+    return Comparison(difference, low, high, float(as_far.mean()), len(shares))
 
 
 def holm(p_values: dict) -> dict:

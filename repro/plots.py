@@ -7,7 +7,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 COLOURS = (
     "#0072B2",  # blue
@@ -31,10 +30,10 @@ PLACES = {
 }
 
 
-def panels(count: int, width: float = 9.0, height: float = 3.3) -> tuple[Figure, list]:
+def panels(count: int, width: float = 9.0, height: float = 3.3) -> tuple:
     """A figure with `count` panels side by side, sizes in inches."""
     figure = plt.figure(figsize=(width, height), layout="constrained")
-    return figure, list(figure.subplots(1, count, squeeze=False)[0])
+    return figure, figure.subplots(1, count, squeeze=False)[0]
 
 
 def label(axis: Axes, title: str, x: str, y: str, legend: bool = True) -> None:

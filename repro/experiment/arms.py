@@ -96,7 +96,7 @@ class Sources:
 
     authored: Lists
     same_questions: Lists
-    real: list[Lists]  # by seed: one annotated positive and two others are drawn
+    real: list  # of lists, by seed: one annotated positive and two others are drawn
     development: list  # of collections
 
 
@@ -108,14 +108,12 @@ def load_sources(wikiqa: Place, seeds: int) -> Sources:
     """
     authored, held_out = split_lists(load_lists(AUTHORED), 0.1, seed=0)
     same_questions = load_lists(AUTHORED.with_name("wikiqa-graded.jsonl"), wikiqa)
-    free = {item.id for item in real_lists(wikiqa)} - {item.id for item in same_questions}
+    by_seed = [real_lists(wikiqa, seed=seed) for seed in range(seeds)]
+    free = {item.id for item in by_seed[0]} - {item.id for item in same_questions}
     questions = random.Random(0).sample(sorted(free), QUESTIONS)
     corpus, queries, qrels = load_beir(wikiqa, "train")
     judged = {question: qrels[question] for question in sorted(questions)}
-    real = [
-        [item for item in real_lists(wikiqa, seed=seed) if item.id not in judged]
-        for seed in range(seeds)
-    ]
+    real = [[item for item in lists if item.id not in judged] for lists in by_seed]
     development = [as_collection(held_out), (corpus, queries, judged)]
     return Sources(authored, same_questions, real, development)
 

@@ -48,8 +48,7 @@ TRAINERS = {
 INTRO = """\
 The kit and each peer took turns in one run, with the same texts, number format and threads. A ratio
 above 1 means that the kit is faster. `python tests/bench/bench.py` writes this page. The goal for
-training is a ratio of 1.6 in float32 and of 1.8 in native bfloat16. Most of a step is spent in the
-same matrix products on both sides; what differs is padding, dropout and the optimiser."""
+training is a ratio of 1.6 in float32 and of 1.8 in native bfloat16."""
 Row = dict[str, Any]
 Work = Callable[[], object]
 
