@@ -14,11 +14,10 @@ COLOURS = (
     "#009E73",  # green
     "#D55E00",  # vermilion
     "#56B4E9",  # sky blue
-    "#CC79A7",  # purple
 )
-HATCHES = ("", "///", "...", "\\\\\\", "xx", "--")
-MARKERS = "os^DvP"
-LINES = ("-", "-.", ":", "--", "-", "-.")
+HATCHES = ("", "///", "...", "\\\\\\", "xx")
+MARKERS = "os^Dv"
+LINES = ("-", "-.", ":", "--", "-")
 # A loss looks the same everywhere, and so do the two distributions.
 PLACES = {
     "InfoNCE": 0,
@@ -109,5 +108,6 @@ def forest(axis: Axes, series: dict) -> None:
             capsize=3,
         )
     axis.set_yticks(range(len(rows)), list(rows))
-    axis.set_ylim(len(rows) - 0.5, -0.5)
+    axis.margins(y=0.2)
+    axis.invert_yaxis()
     axis.axvline(0, color="black", linewidth=0.8)

@@ -29,7 +29,7 @@ def search(queries: Tensor, passages: Tensor | Iterable, k: int) -> tuple:
     seen = 0
     for block in passages:
         scores = queries @ block.to(queries).T  # (Q, rows of the block)
-        if not scores.isfinite().all():
+        if not scores.sum().isfinite():  # a tenth of the time of a look at each score
             raise ValueError("an embedding or a score is not finite; the model cannot be judged")
         top, rows = scores.topk(min(k, len(block)))
         best_rows = cat([best_rows, rows + seen], dim=1)

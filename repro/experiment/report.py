@@ -135,10 +135,14 @@ def summary(runs: pd.DataFrame) -> str:
             columns[f"`{start}`, {family}"] = [
                 f"{row.verdict}, {shown(row.whole)}" for row in judge(runs, start, family)
             ]
-        means = {name: found.mean(axis=None) for name, found in arm_means(runs, start).items()}
+        arms = arm_means(runs, start)
+        means = {name: found.mean(axis=None) for name, found in arms.items()}
         best = max(BY_NAME, key=means.get)
-        references = f"BM25 {means['BM25']:.3f}, start {means['start']:.3f}"
-        scores += f" From `{start}`: {references}, {best} {means[best]:.3f}."
+        seeds = min(len(arms[name]) for name in BY_NAME)
+        scores += (
+            f" From `{start}`, {seeds} of {STARTS[start].seeds} seeds: "
+            f"BM25 {means['BM25']:.3f}, start {means['start']:.3f}, {best} {means[best]:.3f}."
+        )
     rows = zip(*columns.values(), strict=True)
     return f"{table(tuple(columns), rows)}\n\n{scores}"
 
