@@ -69,7 +69,8 @@ class TrainConfig:
     weight_decay: of AdamW; clip: largest gradient norm
     dropout: train with the transformer's own (as the released commands do), not without
     chunk: texts embedded at once; the backward pass computes them again, to save memory
-    device: auto, cpu, cuda, mps; dtype: of the transformer's sums (weights stay float32)
+    device: auto, cpu, cuda, mps
+    dtype: of the transformer's sums; weights stay float32, and float16 has no loss scaling
     """
 
     lists: list[str] | None = None
