@@ -43,7 +43,7 @@ Collection = tuple  # corpus, queries, qrels
 def read_lines(path: Place) -> Iterator:
     """Yield ("path:number", line) of a UTF-8 text file, plain or .gz.
 
-    Lines come without outer space, and blank ones not at all.
+    Lines come without outer spaces, and blank ones not at all.
     Raises ValueError if the file is missing, unreadable, damaged or not UTF-8.
     """
     opener = gzip.open if str(path).endswith(".gz") else open
@@ -54,8 +54,8 @@ def read_lines(path: Place) -> Iterator:
         for number, raw in enumerate(file, start=1):
             where = f"{path}:{number}"
             with naming(f"{where}: expected UTF-8 text", UnicodeDecodeError):
-                line = raw.decode("utf-8-sig").strip()  # Windows starts files with a mark
-            if line:
+                line = raw.decode("utf-8-sig").strip(" \r\n")  # Windows starts files with a mark
+            if line.strip():
                 yield where, line
 
 
@@ -149,8 +149,8 @@ def _qrels(path: Path) -> Qrels:
     """
     qrels = {}
     for where, line in read_lines(path):
-        fields = re.split(r"\s*\t\s*", f"{line}\t1")
-        if len(fields) not in (3, 4):
+        fields = re.split(" *\t *", f"{line}\t1")
+        if len(fields) not in (3, 4) or "" in fields:
             raise ValueError(
                 f"{where}: expected query-id, corpus-id, score and tabs, found {line!r:.80}"
             )

@@ -135,7 +135,8 @@ def wasserstein_gaussian(
 
     The B rows of P are samples of one N-dimensional Gaussian, those of T of another; covariances
     divide by B - 1 (by 1 at B = 1).  With A, C the centred rows of P, T, the cross term is the
-    nuclear norm of A C^T / (B - 1), (B, B).  In float64 on the CPU, as Apple's GPUs lack it.  Only
+    nuclear norm of A C^T / (B - 1), (B, B).  In float64 on the CPU, where the value
+    stays, as Apple's GPUs lack it.  Only
     mean and covariance are seen: permute the rows of P = T, so that each query ranks another's
     passages, and loss and gradient stay 0.  Distributed training must gather the batch first.
     """
@@ -152,7 +153,7 @@ def wasserstein_gaussian(
     # code its gradient is no noise there; the value moves by at most 6.4e-8 a query, maybe to
     # just below 0.
     overlap = (torch.linalg.svdvals(cross).square() + 1e-15).sqrt().sum()
-    return (shift + spread - 2 * overlap).to(x)
+    return (shift + spread - 2 * overlap).to(x.dtype)
 
 
 LOSSES = {
@@ -175,7 +176,7 @@ def fit_temperature(loss: Callable, batches: Iterable) -> float:
     """
     batches = [(*batch, torch.ones_like(batch[0]))[:3] for batch in batches]
     real = [scores.masked_select(mask.bool()) for scores, _, mask in batches]
-    deviation = torch.cat(real).double().std(correction=0).item()
+    deviation = torch.cat(real).cpu().double().std(correction=0).item()
     if not 0 < deviation < math.inf:
         raise ValueError(f"fit_temperature: expected a deviation above 0, found {deviation}")
 

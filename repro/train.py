@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from inspect import signature
-from itertools import chain, compress, count, islice
+from itertools import chain, count, islice
 
 import torch
 from torch import distributed, nn
@@ -45,7 +45,7 @@ RANGES = {"seed": (0, 2**31), "warmup": (0, 1), "weight_decay": (0, 1)}
 
 @dataclass
 class TrainConfig:
-    """What a run is made of.  None: chosen by the kind of encoder, printed, and recorded.
+    """What a run is made of.  None: chosen by the kind of encoder; train.json has what was used.
 
     lists: files of graded lists, BEIR folders, hub ids; none: the kit's own
     queries: collection with the texts of the queries, where the lists lack them
@@ -70,7 +70,8 @@ class TrainConfig:
     dropout: train with the transformer's own (as the released commands do), not without
     chunk: texts embedded at once; the backward pass computes them again, to save memory
     device: auto, cpu, cuda, mps
-    dtype: of the transformer's sums; weights stay float32, and float16 has no loss scaling
+    dtype: of the transformer's sums; weights stay float32, as all does where only a map trains;
+        float16 has no loss scaling
     """
 
     lists: list[str] | None = None
@@ -138,11 +139,13 @@ def filled(config: TrainConfig, encoder: BiEncoder, lists: int) -> TrainConfig:
     size = min(config.batch_size, lists) // RANKS * RANKS or RANKS
     if size != config.batch_size:
         print(f"{lists} lists: a batch is {size} of them", file=sys.stderr)
-    epochs, lr = (5, 4e-4) if encoder.frozen else (1, 1e-5)
+    epochs, lr, dtype = (1, 1e-5, config.dtype)
+    if encoder.frozen:
+        epochs, lr, dtype = (5, 4e-4, "float32")  # the map trains on vectors of that format
     steps = config.steps or (config.epochs or epochs) * (lists // size) // config.accumulate
     if steps < 1 or lists < size:
         raise ValueError(f"{lists} lists: too few for a step, lower --batch-size or --accumulate")
-    return replace(config, batch_size=size, steps=steps, lr=config.lr or lr)
+    return replace(config, batch_size=size, steps=steps, lr=config.lr or lr, dtype=dtype)
 
 
 def loss_function(config: TrainConfig) -> Callable:
@@ -173,11 +176,7 @@ def score_batch(embed: Callable, batch: Batch) -> tuple:
     by W, so the parameters get the gradients of one process.
     """
     mask = batch.mask.flatten()  # (B*k,)
-    present = mask[RANK::RANKS]
-    real = list(compress(batch.passages[RANK::RANKS], present))  # padding is not embedded
-    queries, found = embed(batch.queries[RANK::RANKS], real)
-    passages = found.new_zeros(len(present), found.shape[1])  # (B*k / W, d)
-    passages[present] = found
+    queries, passages = embed(batch.queries[RANK::RANKS], batch.passages[RANK::RANKS])
     if RANKS > 1:
         queries = torch.stack(all_gather(queries), 1).flatten(0, 1)  # (B, d), in the old order
         passages = torch.stack(all_gather(passages), 1).flatten(0, 1)
@@ -189,7 +188,8 @@ def score_batch(embed: Callable, batch: Batch) -> tuple:
 def start_temperature(encoder: BiEncoder, lists: Lists, config: TrainConfig) -> float:
     """`fit_temperature` of the config's loss on the untrained encoder, over the first batches."""
     first = islice(batches(lists, config, 0), FIT_BATCHES)
-    scored = [score_batch(encoder, batch) for batch in first]
+    embed = partial(encoder, chunk=config.chunk)
+    scored = [score_batch(embed, batch) for batch in first]
     return fit_temperature(loss_function(config), scored)
 
 
@@ -212,9 +212,7 @@ def fit(encoder: BiEncoder, lists: Lists, config: TrainConfig) -> Iterator:
     if RANKS > 1:
         model = nn.parallel.DistributedDataParallel(encoder, find_unused_parameters=True)
     dtype = pick_dtype(config.dtype, encoder.device)
-    # Autocast is for a transformer that trains: bfloat16 scores would lose the third digit.
-    narrow = dtype != torch.float32 and not encoder.frozen
-    autocast = torch.autocast(encoder.device.type, dtype, enabled=narrow)
+    autocast = torch.autocast(encoder.device.type, dtype, enabled=dtype != torch.float32)
     embed = autocast(partial(model, chunk=config.chunk))
     loss = loss_function(config)
     endless = chain.from_iterable(batches(lists, config, epoch) for epoch in count())
@@ -277,7 +275,7 @@ def train(config: TrainConfig, lists: Lists | None = None, progress: bool = True
         "queries": len(lists),
         "minutes": minutes,
         "ranks": RANKS,
-        "machine": machine(encoder.device, pick_dtype(config.dtype, encoder.device)),
+        "machine": machine(encoder.device, pick_dtype(used.dtype, encoder.device)),
     }
     if RANK > 0:
         return record

@@ -116,6 +116,13 @@ def test_fields_that_change_vectors_or_scores_are_refused(folder, file, field, v
         BiEncoder.load(folder)
 
 
+def test_lower_case_is_read_where_the_tokenizer_has_it_by_itself(folder):
+    expected = BiEncoder.load(folder, "cpu").encode(TEXTS)
+    for file in (TRANSFORMER, "tokenizer_config.json"):
+        edit(folder, file, "do_lower_case", True)
+    assert torch.equal(BiEncoder.load(folder, "cpu").encode(TEXTS), expected)
+
+
 def test_the_yes_and_no_of_older_poolings_are_read(folder):
     config = {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}
     (folder / POOLING).write_text(json.dumps(config))
@@ -212,7 +219,8 @@ def test_a_plain_checkpoint_is_mean_pooled_without_normalising(kind, tmp_path):
         ({"query": "q ", "document": "", "passage": "p "}, None, "q ", ""),
         ({"passage": "p "}, None, "", "p "),
         ({"corpus": "c "}, None, "", "c "),
-        ({"any": "a ", "query": ""}, "any", "", "a "),
+        ({"any": "a "}, "any", "", ""),
+        ({"query": "q "}, "query", "q ", ""),
     ],
 )
 def test_prompts_are_those_of_encode_query_and_encode_document(named, default, query, passage):

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from conftest import assert_close, graded_lists, write_jsonl, write_lists
 from test_data import write_collection
 
 from repro import train
+from repro.data import collate
 from repro.encoder import BiEncoder
 from repro.losses import LOSSES
 from repro.train import TrainConfig, filled, loss_function, main, train_encoder
@@ -102,8 +104,10 @@ def test_settings_reach_the_loss():
 
 def test_a_linear_map_trains_longer_at_a_higher_rate(llama):
     mapped = BiEncoder(llama.model, llama.tokenizer, projection=torch.eye(16))
-    config, rows, _ = train_encoder(mapped, graded_lists(), TrainConfig(batch_size=4))
-    assert (config.lr, len(rows)) == (4e-4, 20)
+    config, rows, _ = train_encoder(
+        mapped, graded_lists(), TrainConfig(batch_size=4, dtype="bfloat16")
+    )
+    assert (config.lr, len(rows), config.dtype) == (4e-4, 20, "float32")
     assert not mapped.projection.equal(torch.eye(16))
 
 
@@ -144,6 +148,15 @@ def test_two_ranks_with_gradient_caching_equal_one_process_without(arguments, mo
     assert read_record("two")["ranks"] == 2
     one, two = [BiEncoder.load(folder).encode(["moon tide"]) for folder in ("out", "two")]
     assert_close(two, one)
+
+
+def test_a_rank_that_has_only_padding_takes_part(tiny_bert, monkeypatch):
+    for name, value in {"RANK": 3, "RANKS": 4, "all_gather": lambda own: [own] * 4}.items():
+        monkeypatch.setattr(train, name, value)
+    lists = [replace(item, passages=item.passages[:1], grades=[3]) for item in graded_lists(4)]
+    lists[0] = replace(lists[0], passages=["a", "b"], grades=[3, 0])  # its second is rank 1's
+    scores, _, _ = train.score_batch(BiEncoder.load(tiny_bert, "cpu"), collate(lists))
+    assert scores.shape == (4, 8)
 
 
 def test_prompts_are_trained_with_and_saved(arguments):

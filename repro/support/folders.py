@@ -69,7 +69,12 @@ def read_json(path: Path) -> Any:
 def read_config(path: Path) -> dict:
     """A configuration; ValueError naming the fields whose values this kit does not have."""
     config = read_json(path)
-    given = [f"{field} {one_line(value)}" for field, value in config.items()]
+    same = read_json(path.with_name("tokenizer_config.json")).items()  # what it does by itself
+    given = [
+        f"{field} {one_line(value)}"
+        for field, value in config.items()
+        if (field, value) not in same
+    ]
     lacking = [field for field in given if not re.fullmatch(ACCEPTED, field)]
     if lacking:
         raise ValueError(f"{path}: this kit does not have {', '.join(lacking)}")
@@ -125,14 +130,10 @@ def read_module(folder: Path, row: dict) -> tuple:
 
 
 def read_prompts(settings: dict) -> dict:
-    """The prompts for which `encode_query` and `encode_document` of sentence-transformers look.
-
-    A folder that names none of a kind has its default prompt.
-    """
+    """The prompts for which `encode_query` and `encode_document` of sentence-transformers look."""
     named = settings.get("prompts") or {}
-    default = named.get(settings.get("default_prompt_name"), "")
-    passage = named.get("passage", named.get("corpus", default))
-    return {"query": named.get("query", default), "passage": named.get("document", passage)}
+    passage = named.get("passage", named.get("corpus", ""))
+    return {"query": named.get("query", ""), "passage": named.get("document", passage)}
 
 
 def read_folder(folder: Path) -> tuple:

@@ -135,8 +135,8 @@ def model_folder(name: Place) -> Path:
     hub = re.fullmatch(r"(\w[\w.-]*/[\w.-]+)(?:@([\w./-]+))?", text)
     if not hub:
         raise ValueError(
-            f"unknown model {text!r}: expected a folder, owner/name of a hub, base, "
-            f"{', '.join(WHEELS)}"
+            f"unknown model {text!r}: expected a folder, owner/name of a hub, {', '.join(WHEELS)}, "
+            "or base as an encoder"
         )
     repo_id, revision = hub.groups()
     folder = hub_folder(repo_id, "model", MODEL_FILES, revision)
