@@ -31,7 +31,7 @@ from repro.support.files import run_command, write_text
 
 README = RESULTS.parents[2] / "README.md"
 WORDS = {
-    "C1": "C1: graded lists with W beat InfoNCE on the same passages",
+    "C1": "C1: W on four graded passages beats InfoNCE on one good, two bad",
     "C2": "C2: training on them improves the start, without any real document",
     "C3": "C3: on other domains it beats InfoNCE on real data",
     "C4": "C4: adding real passages helps further",
@@ -173,9 +173,9 @@ Means, nDCG@10, ± deviation over seeds:
         values = pd.DataFrame(trials).rename(index=float)
         cells = values.map("{:.3f}".format, na_action="ignore")
         cells = cells.mask(values == values.max(), "**" + cells + "**")
-        tuning += f"""From `{start}`, nDCG@10 on development data. \
-Four learning rates an arm; where the best lay at an edge, more beyond it, so that no
-choice lies at an edge.
+        tuning += f"""From `{start}`, nDCG@10 on development data: half held-out written lists, half
+WikiQA train questions with their human labels. Four learning rates an arm; where the best
+lay at an edge, more beyond it, so that no choice lies at an edge.
 
 {grid("arm", cells)}
 
