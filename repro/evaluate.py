@@ -139,7 +139,7 @@ def command(asked: Options, settings: Settings) -> None:
         write_json(out, record)
     print(one_line(f"{record['model']} on {record['collection']} ({asked.split})"))
     for what, value in (record["counts"] | record["metrics"]).items():
-        print(f"{what:<12}{round(value, 4)}")
+        print(f"{what:<12} {round(value, 4)}")
 
 
 main = command_line(command, Options, Settings)

@@ -27,7 +27,7 @@ from repro.support.models import load_pretrained, model_folder, pick_device, pic
 class Job:
     """Write graded passages for queries; goes on with the records that are in --out.
 
-    out: file to append records to
+    out: file to append records to, plain text
     plan: by-level (one level a call, for small models) or all-levels (one call)
     seed, limit: only so many queries, drawn with the seed
     retries: more tries if a reply cannot be read
@@ -35,7 +35,8 @@ class Job:
 
     queries: .jsonl or .txt, also .gz; `split` cuts a long one, and results can be joined
     model: built-in name, folder, hub id; of a server its name there
-    base-url: an OpenAI-compatible server, e.g. http://127.0.0.1:8000/v1; key in OPENAI_API_KEY
+    base-url: an OpenAI-compatible server, e.g. http://127.0.0.1:8000/v1; key in OPENAI_API_KEY;
+        a model that reasons needs the server's reasoning parser
     device, dtype: where and in which numbers a local model computes
 
     max-new-tokens: of a passage
@@ -169,6 +170,7 @@ class ServerGenerator:
 
     The key is OPENAI_API_KEY's; no redirect and no proxy gets it.  The client tries again when the
     server is busy: after the time that it names, up to two minutes, or, in all, for a good minute.
+    A request that gets no answer is given up after five minutes, and sent 15 times.
     """
 
     context = 10**9  # the server knows

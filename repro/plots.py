@@ -107,7 +107,7 @@ def forest(axis: Axes, series: dict) -> None:
             fmt=MARKERS[3 * n],
             capsize=3,
         )
-    axis.set_yticks(range(len(rows)), list(rows))
+        axis.set_yticks(y - n / 5, list(rows))
     axis.margins(y=0.2)
     axis.invert_yaxis()
     axis.axvline(0, color="black", linewidth=0.8)

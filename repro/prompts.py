@@ -98,7 +98,7 @@ THOUGHT = r"""(?x:
 )"""
 REASONING_BEGINS = rf"""(?ix:
     <\|? (?:[\w:]{{0,20}}[_:])? {THOUGHT} (?:[ ][^<>]{{0,80}})? \|?>
-    | [\[◁] {THOUGHT} [\]▷]
+    | [\[◁] THINK(?:ING)? [\]▷]
     | <\|channel\|?> (?!final)
     | \Aanalysis(?=[a-z])
 )"""
@@ -114,6 +114,7 @@ MARKUP = r"""(?x:
     | (?m:^[ \t]*[-*_=]{3,}[ \t]*$)  # a line between paragraphs
     | (?i:</?(?:answer|response|output|final|solution)>)
     | <\|\w+\|>  # a model's own tokens
+    | (?is:\n\s*\n [*_(\[]* (?:note:|let[ ]me[ ]know|feel[ ]free|i[ ]hope[ ]th) .*\Z)  # remarks
 )"""
 UNPRINTABLE = r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]|\*\*|__"  # control characters, half pairs, bold
 QUOTED = r"(?s)\A(?:\"([^\"]*)\"|'([^']*)'|“([^“]*)”|\*([^*]*)\*)\Z"

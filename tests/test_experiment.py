@@ -1,5 +1,6 @@
 """The experiment: what arms are, the rule, the records, one run in small, the page."""
 
+from dataclasses import replace
 from itertools import chain
 
 import pandas as pd
@@ -42,7 +43,7 @@ def sources(tmp_path, monkeypatch):
         for j, grade in enumerate((1, 0, 0)):
             corpus += f'{{"_id": "p{n}-{j}", "text": "sentence {n} {j}"}}\n'
             qrels += f"train-{n}\tp{n}-{j}\t{grade}\n"
-    for n in range(4):
+    for n in range(4, 8):
         passages = '{"3": "a", "2": "b", "1": "c", "0": "d"}'
         graded += f'{{"id": "train-{n}", "passages": {passages}}}\n'
     wikiqa = tmp_path / "wikiqa"
@@ -57,7 +58,7 @@ def sources(tmp_path, monkeypatch):
 
 
 def test_no_arm_trains_on_development_data(sources):
-    used = {item.id for item in chain(sources.authored, *sources.real)}
+    used = {item.id for item in chain(sources.authored, sources.same_questions, *sources.real)}
     for _, _, qrels in sources.development:
         assert used.isdisjoint(qrels)
 
@@ -172,6 +173,23 @@ def test_a_run_is_recorded_once(study, capsys):
     for _ in range(2):
         run.do(study, arms.BY_NAME["KL"], 0)
     assert capsys.readouterr().out.count("KL 0") == 1
+
+
+def test_a_run_trains_as_its_arm_says_and_scores_what_it_trained(study, monkeypatch):
+    seen = []
+
+    def trained(encoder, lists, config):
+        seen.extend([encoder, config.label_temperature, config.seed, config.lr])
+        return replace(config, temperature=1), [{"loss": 0}], 0
+
+    def scored(model, *_):
+        assert model is seen[0]
+        return {"metrics": {}, "counts": {}, "per_query": {}}
+
+    monkeypatch.setattr(run, "train_encoder", trained)
+    monkeypatch.setattr(run, "evaluate_model", scored)
+    run.do(study, arms.ABLATIONS[16], 2)
+    assert seen[1:] == [0.3, 2, 1e-5]
 
 
 def test_the_multiple_is_of_the_fitted_temperature(study):

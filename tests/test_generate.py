@@ -64,6 +64,15 @@ def scripted(answer):
     return SimpleNamespace(name="scripted", context=10**9, prompt=str, reply=reply)
 
 
+def test_the_seed_draws_the_queries_of_a_limit_and_the_distant_topics():
+    found = {}
+    for limit, field in ((5, "id"), (24, "parameters")):
+        for seed in (0, 1):
+            records = generate(QUERIES, scripted(str), seed=seed, limit=limit)
+            found[field, seed] = [record[field] for record in records]
+        assert found[field, 0] != found[field, 1]
+
+
 @pytest.mark.parametrize("sampling", [Sampling(5, 2.0, 1.0, 3), Sampling(5, 0.5, 0.95, 0)])
 def test_tokens_are_drawn_with_the_shares_of_the_softmax(sampling):
     logits = torch.tensor([3.0, 2.5, 2.0, 1.0, 0.0]).double()  # both leave three
@@ -183,7 +192,7 @@ def refused(capsys, *command):
         ("--max-new-tokens", 500, "24 of 24 do not fit into the model's 512 tokens"),
         ("--queries", "none", "cannot be read"),
         ("--model", "no-such", "unknown model"),
-        ("--out", ".", "is not a file"),
+        ("--out", ".", "exists; name another file"),
         ("--base-url", "http://host:port/v1", "--base-url: Invalid"),
         ("--base-url", "localhost:8000/v1", "--base-url: expected http"),
     ],
@@ -285,12 +294,17 @@ def ask(server, queries=ONE, **options):
 
 
 def test_a_server_is_asked_with_all_settings(server):
-    ask(server, QUERIES, sampling=Sampling(top_k=0))
+    ask(server, QUERIES, sampling=Sampling(9, 0.5, 0.6, 7))
     path, key, request = server.seen[0]
     assert (path, key) == ("/v1/chat/completions", "Bearer sk-secret")
-    assert request["max_tokens"] == 400
-    assert "top_k" not in request
+    expected = {"max_tokens": 36, "temperature": 0.5, "top_p": 0.6, "top_k": 7, "model": "big"}
+    assert request | expected == request
     assert len({request["seed"] for _, _, request in server.seen}) == 24
+
+
+def test_a_server_is_not_told_of_a_top_k_of_0(server):
+    ask(server, sampling=Sampling(top_k=0))
+    assert "top_k" not in server.seen[0][2]
 
 
 def test_a_busy_server_is_asked_again_after_the_time_that_it_names(server):

@@ -23,6 +23,7 @@ FORMS = [
     str(GOOD),
     f"Here it is:\n```json\n{JSON}\n```\nShall I write more?",
     json.dumps({"query": "a", "passages": TEXTS}, indent=4),
+    f"<answer>\n~~~\n{JSON}\n~~~\n</answer>",
     json.dumps({f"grade_{level}": {"text": text} for level, text in GOOD.items()}),
 ]
 LINES = [  # {0} the level, {1} the passage, {2} its meaning, {3} the level as a word
@@ -47,6 +48,7 @@ LINES = [  # {0} the level, {1} the passage, {2} its meaning, {3} the level as a
 for line in LINES:
     parts = [line.format(n, GOOD[n], MEANINGS[n], NUMBERS[n]) for n in LEVELS]
     FORMS.append("\n".join(parts))
+    FORMS.append("\n---\n".join(parts) + "<|eot_id|>\n\n*Let me know if you want changes!*")
 REFUSED = [
     ("", r"found no level \[3, 2, 1, 0\]"),
     ('{"3": "alpha", "2": "beta", "1": "gam', "or the reply is cut off"),
@@ -67,6 +69,7 @@ REASONING = [
     ("<THOUGHT>", "</THOUGHT>"),
     ('<reasoning type="long">', "</reasoning>"),
     ("[THINK]", "[/THINK]"),
+    ("<|channel>thought\n", "<channel|>"),
     ("◁think▷", "◁/think▷"),
     ("<seed:think>", "</seed:think>"),
     ("<|begin_of_thought|>", "<|end_of_thought|>"),

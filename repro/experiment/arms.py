@@ -92,7 +92,7 @@ for field, words, values, names in CHANGES.values():
 
 @dataclass
 class Sources:
-    """The lists that arms train on, and the development data.  No test judgment is in here."""
+    """The lists that arms train on, and the development data.  No test split is in here."""
 
     authored: Lists
     same_questions: Lists

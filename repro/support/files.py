@@ -69,7 +69,7 @@ def run_command(work: Callable) -> int:
             print("stopped", file=sys.stderr)
             return 130
         except Exception as error:
-            out_of_memory = type(error).__name__ == "OutOfMemoryError"  # torch's, not imported here
+            out_of_memory = type(error).__name__.endswith("MemoryError")  # Python's and torch's
             if not (out_of_memory or isinstance(error, ValueError | OSError)):
                 raise
             print(f"error: {one_line(error, 1000)}", file=sys.stderr)
@@ -115,11 +115,8 @@ def check_output(path: Place, overwrite: bool = False) -> Path:
     Raises ValueError if it exists and is not to be overwritten, is a folder, or cannot be written.
     """
     path = _writable(path)
-    if path.exists():
-        if not path.is_file():
-            raise ValueError(f"{path}: is not a file, expected the name of one")
-        if not overwrite:
-            raise ValueError(f"{path}: exists; name another file, or give --overwrite")
+    if path.exists() and not (overwrite and path.is_file()):
+        raise ValueError(f"{path}: exists; name another file, or give --overwrite if it is a file")
     return path
 
 
