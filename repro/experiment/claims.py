@@ -65,7 +65,7 @@ def mean_scores(runs: pd.DataFrame, start: str, unit: str) -> pd.Series:
 
 
 def compare_arms(runs: pd.DataFrame, start: str, rows: list) -> None:
-    """Fill in what `compare` finds, in each row; both of its arms must have been run.
+    """Fill in what `compare` finds, on the collections that `runs` has; both arms must be there.
 
     ValueError if two arms did not answer the same queries.
     """
@@ -73,9 +73,9 @@ def compare_arms(runs: pd.DataFrame, start: str, rows: list) -> None:
     for row in rows:
         # Not a number for a query of one side alone, which `compare` refuses.
         gap = scores[row.better] - scores[row.than]
-        gaps = {name: gap[name].to_dict() for name in row.names}
+        gaps = {name: gap[name].to_dict() for name in row.names if name in gap}
         row.whole = compare(gaps)
-        row.fresh = compare({name: gaps[name] for name in row.names if name in FRESH})
+        row.fresh = compare({name: gaps[name] for name in gaps if name in FRESH})
         row.p = row.whole.p
 
 
