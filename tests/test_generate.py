@@ -93,6 +93,12 @@ def test_a_reply_depends_on_its_name_alone(tiny):
     assert len({str(record["reply"]) for record in whole}) == 24
 
 
+def test_a_model_computes_as_asked_and_without_settings_of_its_own(tiny):
+    model = LocalGenerator(tiny, "cpu", "bfloat16").model
+    assert model.dtype == torch.bfloat16
+    assert model.generation_config.repetition_penalty in (None, 1)
+
+
 def test_a_template_without_a_systems_turn_gets_its_text_in_front(tiny):
     model = LocalGenerator(tiny, "cpu")
     model.tokenizer.chat_template = NO_SYSTEM
@@ -341,6 +347,13 @@ def test_one_query_that_is_refused_for_good_is_recorded(server, tmp_path, answer
     asked = len(server.seen)
     assert ask(server, TWO, out=tmp_path / "out") == records
     assert len(server.seen) == asked
+
+
+def test_a_batch_that_is_refused_when_asked_again_keeps_its_errors(server):
+    answers = [(200, choice("no"))] * 2 + [(400, "")] * 2
+    server.answer = lambda text: answers.pop(0)
+    records = ask(server, {"a": "one", "b": "two"}, retries=1)
+    assert ["400" in record["error"] for record in records] == [True, True]
 
 
 @pytest.mark.parametrize("status", [302, 401, 403, 404, 400, 500, 503])
