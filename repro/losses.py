@@ -135,10 +135,10 @@ def wasserstein_gaussian(
 
     The B rows of P are samples of one N-dimensional Gaussian, those of T of another; covariances
     divide by B - 1 (by 1 at B = 1).  With A, C the centred rows of P, T, the cross term is the
-    nuclear norm of A C^T / (B - 1), (B, B).  In float64 on the CPU, where the value
-    stays, as Apple's GPUs lack it.  Only
-    mean and covariance are seen: permute the rows of P = T, so that each query ranks another's
-    passages, and loss and gradient stay 0.  Distributed training must gather the batch first.
+    nuclear norm of A C^T / (B - 1), (B, B).  In float64 on the CPU, where the value stays, as
+    Apple's GPUs lack it.  Only mean and covariance are seen: permute the rows of P = T, so that
+    each query ranks another's passages, and loss and gradient stay 0.  Distributed
+    training must gather the batch first.
     """
     x, z, _ = _logits(scores, labels, temperature, label_temperature, mask)
     p = x.cpu().double().softmax(1)  # (B, N)

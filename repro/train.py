@@ -70,8 +70,8 @@ class TrainConfig:
     dropout: train with the transformer's own (as the released commands do), not without
     chunk: texts embedded at once; the backward pass computes them again, to save memory
     device: auto, cpu, cuda, mps
-    dtype: of the transformer's sums; weights stay float32, as all does where only a map trains;
-        float16 has no loss scaling
+    dtype: of the transformer's sums (weights stay float32; float16 has no loss scaling); where
+        only a linear map trains, all is float32
     """
 
     lists: list[str] | None = None

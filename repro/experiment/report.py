@@ -179,9 +179,9 @@ Means, nDCG@10, ± deviation over seeds:
         cells = cells.mask(values == values.max(), "**" + cells + "**")
         tuning += f"""From `{start}`, nDCG@10 on development data: half held-out written lists, half
 WikiQA train questions with their human labels. Four learning rates an arm; where the best
-lay at an edge, more beyond it, so that no choice lies at an edge. One of these questions
-(train-616) is a test question too (test-234), and some sentences that are judged here or stand in
-the real lists are judged in the test.
+lay at an edge, more beyond it, so that no choice lies at an edge. One of WikiQA's train
+questions here (train-616) is a test question too (test-234), and some sentences that are judged
+here or stand in the real lists are judged in the test.
 
 {grid("arm", cells)}
 
