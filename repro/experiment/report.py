@@ -213,7 +213,8 @@ difference above 0; it is *reversed* if that p is at most {LEVEL} and the differ
 below 0; else there is *no gain of .01* if the interval ends below +.01; else it is *undecided*.
 The protocol was changed after seeing the first four collections, so the fresh three
 ({", ".join(FRESH)}; for C3 the last two), which no earlier run had been scored on,
-also stand alone. Arms train without dropout, with 16 lists a batch: `base` for 350 steps,
+also stand alone. Arms train without dropout, with 16 lists a batch: `base` for \
+{STARTS["base"].steps} steps,
 `all-minilm-l6-v2` for an epoch. Rule and arms: commit 739ec7c, before the first run. The
 records and verdicts of the protocol before it are in commit bebf54e.
 
