@@ -66,7 +66,7 @@ def read_jsonl(path: Place) -> Iterator:
     """
     for where, line in read_lines(path):
         with naming(f"{where}: expected one JSON object"):
-            row = dict(json.loads(line))
+            row = json.loads(line) | {}  # lists, texts and numbers have no such "or"
             json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is no text
         yield where, row
 
@@ -81,6 +81,11 @@ def text_field(row: dict, field: str, where: str, empty: bool = False) -> str:
     if type(value) not in (int, str) or not (text or empty):
         raise ValueError(f"{where}: field {field!r}: expected text, found {value!r:.60}")
     return text
+
+
+def plain_query(query: str) -> str:
+    """A query less case and superfluous spaces, by which two of them are the same."""
+    return " ".join(query.casefold().split())
 
 
 def as_grade(value: str, where: str) -> int:
@@ -121,7 +126,7 @@ def find_file(place: Place, file: str) -> Path:
         if path.is_file():
             return path
     raise ValueError(
-        f"{place or '.'}: expected a folder with {file} (or .gz), a hub id, or 'sample'"
+        f"{folder / file}: not found, nor .gz; expected a folder with it, a hub id, or 'sample'"
     )
 
 
@@ -199,8 +204,7 @@ def _from_file(path: Path, queries_from: Place | None) -> dict:
         key = text_field(row, "id", where)
         row.setdefault("query", queries.get(key))
         query = text_field(row, "query", f"{where}, or {key!r} in --queries")
-        plain = " ".join(query.casefold().split()).encode()
-        sha256 = hashlib.sha256(plain).hexdigest()
+        sha256 = hashlib.sha256(plain_query(query).encode()).hexdigest()
         if row.get("query_sha256", sha256) != sha256:
             raise ValueError(f"{where}: field 'query_sha256': {key!r} has another query there")
         found.setdefault((key, query), [])

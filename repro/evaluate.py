@@ -14,7 +14,7 @@ from repro.data import Place, Texts, load_beir
 from repro.encoder import BiEncoder
 from repro.search import retrieve
 from repro.support.files import check_output, command_line, one_line, write_json
-from repro.support.models import machine
+from repro.support.models import machine, plain_name
 
 
 @dataclass
@@ -62,14 +62,6 @@ class Settings:
             )
 
 
-def plain_name(model: Any) -> str:
-    """What a record calls a model or a collection: of a folder the last name, never its path."""
-    if not isinstance(model, Place):
-        return type(model).__name__
-    path = Path(model).expanduser()
-    return path.resolve().name if path.is_dir() else str(model)
-
-
 def load_model(model: Any, asked: Settings) -> Any:
     """The encoder of a name or folder; "bm25" and an object with `encode` stay what they are."""
     prompts = (asked.query_prompt, asked.passage_prompt)
@@ -94,14 +86,15 @@ def evaluate_model(
     `model`: "bm25", a name or folder for `BiEncoder.load`, or an object with `encode`.  Only judged
     queries are asked; `top_k` passages are kept for each, at most all, and no measure sees more.
     Prompts, device and dtype are for a named encoder; `run_file` gets the ranking as a TREC run.
-    Raises ValueError for bad input before a model loads.
+    Raises ValueError for bad input before a model loads, and KeyError for a judged query without a
+    text, which `load_beir` leaves out.
     """
     asked = asked or Settings()
     metrics.check_qrels(qrels, asked.measures)
     if run_file:
         metrics.check_ids([*qrels, *corpus], run_file)
-    encoder = load_model(model, asked)
     judged = {query: queries[query] for query in qrels}
+    encoder = load_model(model, asked)
     run = retrieve(
         encoder, corpus, judged, asked.top_k, batch_size=asked.batch_size, progress=progress
     )

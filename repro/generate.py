@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import random
+import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from repro import prompts
 from repro.data import AUTHORED, Place, read_jsonl, read_lines, report_unusable, text_field
 from repro.support.files import check_output, command_line, naming, one_line
-from repro.support.models import load_pretrained, model_folder, pick_device, pick_dtype
+from repro.support.models import load_pretrained, model_folder, pick_device, pick_dtype, plain_name
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class LocalGenerator:
 
     def __init__(self, name: str, device: str = "auto", dtype: str = "auto") -> None:
         folder = model_folder(name)
-        self.name = folder.name if folder == Path(name) else name  # no folders in the records
+        self.name = plain_name(name)
         place = pick_device(device)
         number = pick_dtype(dtype, place)
         self.tokenizer = load_pretrained(folder, AutoTokenizer, name)
@@ -319,8 +320,8 @@ def read_records(path: Place, planned: dict) -> dict:
                 if found[field] != value:
                     raise ValueError(f"it has {field} {found[field]!r}, this run has {value!r}")
             records[key] = record
-        if not b'{"id": '.startswith(torn[:7]):
-            raise ValueError("its last line is none")
+        if not re.fullmatch(rb'\{?|\{"|\{"i|\{"id.*[^}]', torn):
+            raise ValueError("its last line is none, or whole but without an end of line")
     os.truncate(path, len(whole + end))
     return records
 

@@ -61,12 +61,7 @@ def recall(found: list, judged: Collection, k: int) -> float:
 
 
 ndcg_exp = partial(ndcg, gain=lambda grade: 2.0**grade - 1)  # weighs the top grades more
-FUNCTIONS = {
-    "ndcg": ndcg,
-    "ndcg_exp": ndcg_exp,
-    "mrr": mrr,
-    "recall": recall,
-}
+FUNCTIONS = {"ndcg": ndcg, "ndcg_exp": ndcg_exp, "mrr": mrr, "recall": recall}
 
 
 def parse_measure(measure: str) -> tuple:

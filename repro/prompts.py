@@ -114,9 +114,17 @@ MARKUP = r"""(?x:
     | (?m:^[ \t]*[-*_=]{3,}[ \t]*$)  # a line between paragraphs
     | (?i:</?(?:answer|response|output|final|solution)>)
     | <\|\w+\|>  # a model's own tokens
-    | (?is:\n\s*\n [*_(\[]* (?:note:|let[ ]me[ ]know|feel[ ]free|i[ ]hope[ ]th) .*\Z)  # remarks
+    | (?is:\n\s*\n [*_(\[]* (?:  # remarks behind a blank line
+        note: [^.]{0,60} \b(?:passage|paragraph|excerpt|text|response|example|fiction)
+        | let[ ]me[ ]know
+        | feel[ ]free
+        | i[ ]hope[ ]th
+      ) .*\Z)
 )"""
-UNPRINTABLE = r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]|\*\*|__"  # control characters, half pairs, bold
+UNPRINTABLE = r"""(?x:
+    [\x00-\x1f\x7f-\x9f\ud800-\udfff]  # control characters, half pairs
+    | (?<![a-zA-Z0-9])\*\* | \*\*(?!\d) | __  # bold; 2**10 is none
+)"""
 QUOTED = r"(?s)\A(?:\"([^\"]*)\"|'([^']*)'|“([^“]*)”|\*([^*]*)\*)\Z"
 # A first line of at most 19 words that ends with a colon: "Here is a paragraph:".
 ANNOUNCED = r"\A(?:\S+[^\S\n]+){0,18}\S*[:：][ *]*\n"

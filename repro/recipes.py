@@ -12,6 +12,7 @@ from repro.data import (
     Place,
     find_file,
     load_beir,
+    plain_query,
     read_jsonl,
     report_unusable,
     text_field,
@@ -76,14 +77,15 @@ def real_lists(path_or_hub_id: Place, negatives: Place | None = None, seed: int 
 def combine(synthetic: Lists, real: Lists) -> Lists:
     """Synthetic + real: a query's real passages behind its synthetic ones (4 + 3: k = 7).
 
-    Joined by the query's text less case.  Without a partner a synthetic list stays as it is, and a
-    real one is left out, counted on stderr.  Raises ValueError if none has one.
+    Joined by the query's text less case and superfluous spaces.  Without a partner a synthetic
+    list stays as it is, and a real one is left out, counted on stderr.  Raises ValueError if none
+    has one.
     """
-    partners = {item.query.casefold(): item for item in reversed(real)}
+    partners = {plain_query(item.query): item for item in reversed(real)}
     joined = []
     unused = {item.id: item for item in real}
     for item in synthetic:
-        partner = partners.get(item.query.casefold())
+        partner = partners.get(plain_query(item.query))
         if partner:
             unused.pop(partner.id, None)
             passages = item.passages + partner.passages

@@ -33,11 +33,7 @@ from repro.support.models import machine, pick_dtype
 RANK = int(os.environ.get("RANK", 0))  # this process's number; torchrun sets both
 RANKS = int(os.environ.get("WORLD_SIZE", 1))
 FIT_BATCHES = 16  # on which the temperature is fitted: enough for two digits, seconds of encoding
-CHOICES = {
-    "loss": LOSSES,
-    "ties": ("spread", "merged"),
-    "recipe": ("graded", "binary", "real"),
-}
+CHOICES = {"loss": LOSSES, "ties": ("spread", "merged"), "recipe": ("graded", "binary", "real")}
 # Least and most of the numbers that may be 0; all others are above 0 and finite.  The seed times
 # steps and ranks is dropout's, of 64 bits.
 RANGES = {"seed": (0, 2**31), "warmup": (0, 1), "weight_decay": (0, 1)}
@@ -47,7 +43,7 @@ RANGES = {"seed": (0, 2**31), "warmup": (0, 1), "weight_decay": (0, 1)}
 class TrainConfig:
     """What a run is made of.  None: chosen by the kind of encoder; train.json has what was used.
 
-    lists: files of graded lists, BEIR folders, hub ids; none: the kit's own
+    lists: files of graded lists, BEIR folders, hub ids, all behind one --lists; none: the kit's own
     queries: collection with the texts of the queries, where the lists lack them
     recipe: graded, binary (one positive, two negatives), real (only the lists of --real)
     real: collection whose judged passages join the lists
@@ -58,7 +54,7 @@ class TrainConfig:
     seed: of the order of the lists, of what a recipe draws, of dropout
     model: where training starts: base, all-minilm-l6-v2, a folder or a hub id
     query_prompt, passage_prompt: in front of the texts, such as "query: "; none: the model's own
-    epochs: passes over the lists; none: 5 where only a linear map trains, else 1
+    epochs: passes over the lists, in whole steps; none: 5 where only a linear map trains, else 1
     steps: optimiser steps, instead of whole epochs
     batch_size: lists in one loss, over all ranks (64 in the released commands)
     accumulate: losses whose gradients make one step (4 in the released commands)
@@ -139,9 +135,9 @@ def filled(config: TrainConfig, encoder: BiEncoder, lists: int) -> TrainConfig:
     size = min(config.batch_size, lists) // RANKS * RANKS or RANKS
     if size != config.batch_size:
         print(f"{lists} lists: a batch is {size} of them", file=sys.stderr)
-    epochs, lr, dtype = (1, 1e-5, config.dtype)
+    epochs, lr, dtype = 1, 1e-5, config.dtype
     if encoder.frozen:
-        epochs, lr, dtype = (5, 4e-4, "float32")  # the map trains on vectors of that format
+        epochs, lr, dtype = 5, 4e-4, "float32"  # the map trains on vectors of that format
     steps = config.steps or (config.epochs or epochs) * (lists // size) // config.accumulate
     if steps < 1 or lists < size:
         raise ValueError(f"{lists} lists: too few for a step, lower --batch-size or --accumulate")
@@ -285,7 +281,10 @@ def train(config: TrainConfig, lists: Lists | None = None, progress: bool = True
         files.write_text(folder / "log.jsonl", "".join(log))
         files.write_json(folder / "train.json", record)
     if progress:
-        print(f"{config.out}: temperature {used.temperature:.4g}, {minutes:.1f} minutes")
+        print(
+            f"{config.out}: {len(lists)} lists, "
+            f"temperature {used.temperature:.4g}, {minutes:.1f} minutes"
+        )
     return record
 
 

@@ -118,7 +118,7 @@ def test_a_judged_passage_outside_the_corpus_stays_judged(tmp_path):
         ("qrels", "q1\tp1\t³", ":1: field 'score': expected a whole grade"),
         ("qrels", "q1\tp1\t- 1", ":1: field 'score': expected a whole grade"),
         ("corpus", '\n{"_id": ', r"corpus\.jsonl:2: expected one JSON object"),
-        ("corpus", "[1]", ":1: expected one JSON object"),
+        ("corpus", '[["_id", "p"], ["text", "a"]]', ":1: expected one JSON object"),
         ("corpus", r'{"_id": "\ud800"}', ":1: expected one JSON object"),
         ("corpus", '{"_id": "p", "body": "a"}', ":1: field 'text': expected text, found None"),
         ("queries", '{"_id": " ", "text": "a"}', ":1: field '_id': expected text, found ' '"),
@@ -135,9 +135,9 @@ def test_bad_rows_are_named(tmp_path, part, content, message):
         (
             "sample",
             "dev",
-            r"expected a folder with qrels/dev\.tsv \(or \.gz\), a hub id, or 'sample'",
+            r"sample/qrels/dev\.tsv: not found, nor \.gz; expected a folder with it, a hub id",
         ),
-        ("mteb/scifact", "test", "mteb/scifact: the hub did not deliver"),
+        ("mteb/scifact", "test", "mteb/scifact: no folder here, and the hub did not deliver"),
     ],
 )
 def test_what_is_not_there_is_named(place, split, message):

@@ -218,7 +218,7 @@ def test_tuning_tries_beyond_an_edge_and_each_rate_once(study, monkeypatch, valu
 
 def test_a_missing_collection_is_refused(tmp_path, capsys):
     assert run.main(["--data", str(tmp_path)]) == 2
-    assert "dl19-pool: expected a folder" in capsys.readouterr().err
+    assert "dl19-pool/queries.jsonl: not found" in capsys.readouterr().err
 
 
 def test_a_typo_is_refused(capsys):

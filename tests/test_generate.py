@@ -174,7 +174,9 @@ def test_a_file_goes_on_with_more_queries_but_not_with_others(
         generate(queries, sampling=Sampling(100, temperature), **options)
 
 
-@pytest.mark.parametrize("content", ["notes", "notes\n", '{"id": 1}\n', '{"a": 1}\n{"id": '])
+@pytest.mark.parametrize(
+    "content", ["notes", "notes\n", '{"id": 1}', '{"id": 1}\n', '{"a": 1}\n{"id": ']
+)
 def test_a_file_of_somebody_else_stays_as_it_is(tmp_path, content):
     out = tmp_path / "out"
     out.write_text(content)

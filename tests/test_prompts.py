@@ -101,8 +101,8 @@ def test_everything_else_is_refused_with_a_reason(reply, reason):
 
 
 def test_a_passage_is_one_line_without_markup():
-    reply = '{"3": "```text\\n “x” \ud800 **a**``` \x00", "2": "not asked for"}'
-    assert parse_reply(reply, (3,)) == {3: "“x” a"}
+    reply = '{"3": "```text\\n “x” \ud800 **2**10**``` \x00", "2": "not asked for"}'
+    assert parse_reply(reply, (3,)) == {3: "“x” 2**10"}
 
 
 def test_numbers_in_a_passage_do_not_divide_it():

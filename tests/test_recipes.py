@@ -11,7 +11,7 @@ from repro.recipes import combine, real_lists, recipe
 
 FIFTY = [replace(TIDE, id=str(n)) for n in range(50)]
 P1, P2, P3, P4 = EXPECTED[0].values()
-REAL = GradedList("r", "TIDE", ["p", "n", "m"], [3, 1, 1])
+REAL = GradedList("r", " TIDE\u00a0", ["p", "n", "m"], [3, 1, 1])
 
 
 def test_graded_lists_stay_as_they_are():
@@ -81,7 +81,7 @@ def test_bad_mined_rows_are_named(folder, field, row):
 
 
 def test_a_wrong_name_is_found_before_the_collection_is_read(tmp_path):
-    with pytest.raises(ValueError, match=r"expected a folder with mined\.jsonl"):
+    with pytest.raises(ValueError, match=r"mined\.jsonl: not found"):
         real_lists(tmp_path / "nothing", tmp_path / "mined.jsonl")
 
 

@@ -25,6 +25,7 @@ PRINTS = "from repro.support import files; exit(files.run_command(lambda: print(
         (FileNotFoundError("no file"), 2, "error: no file\n"),
         (ValueError("x" * 2000), 2, "error: " + "x" * 1000 + "\n"),
         (torch.OutOfMemoryError("too large"), 2, "error: too large\n"),
+        (RuntimeError("MPS backend out of memory"), 2, "error: MPS backend out of memory\n"),
         (KeyboardInterrupt(), 130, "stopped\n"),
     ],
 )
@@ -70,9 +71,9 @@ def test_checking_an_output_makes_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_json_keeps_its_characters(tmp_path):
+def test_json_keeps_its_characters_and_a_path_is_text(tmp_path):
     path = tmp_path / "out.json"
-    files.write_json(path, {"name": "中"})
+    files.write_json(path, {"name": Path("中")})
     assert path.read_text(encoding="utf-8") == '{\n  "name": "中"\n}\n'
 
 
@@ -157,7 +158,7 @@ def test_a_failed_download_comes_with_pips_own_message(tmp_path, monkeypatch, ca
         ("smollm3", "unknown model"),
         ("", "unknown model"),
         ("./missing", "unknown model"),
-        ("owner/none", "the hub did not deliver this model"),
+        ("owner/none", "owner/none: no folder here, and the hub did not deliver this model"),
     ],
 )
 def test_what_is_no_model_is_refused(name, message):

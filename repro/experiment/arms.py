@@ -7,15 +7,7 @@ temperature that `fit_temperature` finds on their own lists before training.
 import random
 from dataclasses import dataclass, replace
 
-from repro.data import (
-    AUTHORED,
-    Lists,
-    Place,
-    as_collection,
-    load_beir,
-    load_lists,
-    split_lists,
-)
+from repro.data import AUTHORED, Lists, Place, as_collection, load_beir, load_lists, split_lists
 from repro.recipes import combine, real_lists, recipe
 
 QUESTIONS = 150  # of WikiQA's, in the development data

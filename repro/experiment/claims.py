@@ -132,16 +132,12 @@ def add_run(folder: Path, record: dict, rows: list) -> None:
     runs = runs.drop_duplicates(COLUMNS[:-1], keep="last").sort_values(COLUMNS)
     scratch = folder / "per_query.csv.gz.tmp"
     runs.to_csv(
-        scratch,
-        index=False,
-        float_format="%.5f",
-        compression={"method": "gzip", "mtime": 0},
+        scratch, index=False, float_format="%.5f", compression={"method": "gzip", "mtime": 0}
     )
     scratch.replace(folder / "per_query.csv.gz")
     records = sorted(read_records(folder) + [record], key=key_of)
     write_text(
-        folder / "runs.jsonl",
-        "".join(json.dumps(one, sort_keys=True) + "\n" for one in records),
+        folder / "runs.jsonl", "".join(json.dumps(one, sort_keys=True) + "\n" for one in records)
     )
 
 

@@ -6,13 +6,7 @@ from collections.abc import Iterable
 import pandas as pd
 
 from repro import plots
-from repro.experiment.arms import (
-    ABLATION_SEEDS,
-    ABLATION_START,
-    BY_NAME,
-    CHANGES,
-    STARTS,
-)
+from repro.experiment.arms import ABLATION_SEEDS, ABLATION_START, BY_NAME, CHANGES, STARTS
 from repro.experiment.claims import (
     COLLECTIONS,
     FAMILIES,

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -69,7 +70,10 @@ def run_command(work: Callable) -> int:
             print("stopped", file=sys.stderr)
             return 130
         except Exception as error:
-            out_of_memory = type(error).__name__.endswith("MemoryError")  # Python's and torch's
+            # Python's, CUDA's, a CPU's and Apple's; only the first two have their own type
+            out_of_memory = re.search(
+                "MemoryError|allocate memory|out of memory", f"{type(error).__name__} {error}"
+            )
             if not (out_of_memory or isinstance(error, ValueError | OSError)):
                 raise
             print(f"error: {one_line(error, 1000)}", file=sys.stderr)
@@ -101,9 +105,7 @@ def command_line(work: Callable, *kinds: type) -> Callable:
 def _writable(place: Place) -> Path:
     """The absolute path of a place where something can be made; leaves nothing behind."""
     path = Path(place).expanduser().resolve()
-    parent = path.parent
-    while not parent.exists():
-        parent = parent.parent
+    parent = next(folder for folder in path.parents if folder.exists())
     with naming(f"{path}: cannot be written", OSError):
         tempfile.TemporaryFile(dir=parent).close()
     return path
@@ -116,7 +118,7 @@ def check_output(path: Place, overwrite: bool = False) -> Path:
     """
     path = _writable(path)
     if path.exists() and not (overwrite and path.is_file()):
-        raise ValueError(f"{path}: exists; name another file, or give --overwrite if it is a file")
+        raise ValueError(f"{path}: exists; name another file (some commands --overwrite files)")
     return path
 
 
@@ -136,19 +138,19 @@ def write_text(path: Place, text: str) -> None:
 
 
 def write_json(path: Place, content: dict) -> None:
-    """Write an object as indented JSON, whole or not at all."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    """Write an object as indented JSON, whole or not at all; a path or so becomes text."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
 def check_new_folder(folder: Place, overwrite: bool = False) -> Path:
     """The absolute path of a folder that may be made; nothing is created.
 
-    Raises ValueError if something is there (an empty folder may be; with `overwrite`, one that
-    holds a train.json), or if nothing can be made there.
+    Raises ValueError if something is there (an empty folder may be, but no mount point, which
+    cannot be replaced; with `overwrite`, one that holds a train.json), or if nothing can be made.
     """
     path = _writable(folder)
     trained = overwrite and (path / "train.json").is_file()
-    empty = path.is_dir() and not any(path.iterdir())
+    empty = path.is_dir() and not path.is_mount() and not any(path.iterdir())
     if path.exists() and not trained and not empty:
         raise ValueError(f"{path}: exists; --overwrite replaces a folder only with a train.json")
     return path

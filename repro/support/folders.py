@@ -130,7 +130,10 @@ def read_module(folder: Path, row: dict) -> tuple:
 
 
 def read_prompts(settings: dict) -> dict:
-    """The prompts for which `encode_query` and `encode_document` of sentence-transformers look."""
+    """The prompts for which `encode_query` and `encode_document` of sentence-transformers look.
+
+    That of passages may also be named "passage" or "corpus".
+    """
     named = settings.get("prompts") or {}
     passage = named.get("passage", named.get("corpus", ""))
     return {"query": named.get("query", ""), "passage": named.get("document", passage)}

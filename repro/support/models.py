@@ -55,7 +55,7 @@ def cached(relative: str, build: Callable) -> Path:
     The folder is `$SYCL_CACHE`, else `~/.cache/sycl-repro`.
     Raises ValueError if the cache folder cannot be written, and what `build` raises.
     """
-    folder = Path(os.environ.get("SYCL_CACHE", "~/.cache/sycl-repro"), relative).expanduser()
+    folder = Path(os.environ.get("SYCL_CACHE") or "~/.cache/sycl-repro", relative).expanduser()
     lock = FileLock(folder.with_name(f".{folder.name}.lock"))  # makes the folder that it lies in
     if not folder.is_dir():
         with naming("the cache folder, for which SYCL_CACHE can name another", OSError), lock:
@@ -113,11 +113,10 @@ def hub_folder(repo_id: str, kind: str, patterns: tuple, revision: str | None) -
 
     Raises ValueError if the hub does not deliver it and its cache does not have it.
     """
-    with naming(f"{repo_id}: the hub did not deliver this {kind}", OSError, ValueError):
-        folder = snapshot_download(
-            repo_id, repo_type=kind, allow_patterns=patterns, revision=revision
+    with naming(f"{repo_id}: no folder here, and the hub did not deliver this {kind}"):
+        return Path(
+            snapshot_download(repo_id, repo_type=kind, allow_patterns=patterns, revision=revision)
         )
-    return Path(folder)
 
 
 def model_folder(name: Place) -> Path:
@@ -146,6 +145,14 @@ def model_folder(name: Place) -> Path:
             f"a converted revision can be named, such as {repo_id}@refs/pr/N"
         )
     return folder
+
+
+def plain_name(model: Any) -> str:
+    """What a record calls a model or a collection: of a folder the last name, never its path."""
+    if not isinstance(model, Place):
+        return type(model).__name__
+    path = Path(model).expanduser()
+    return path.resolve().name if path.is_dir() else str(model)
 
 
 def load_pretrained(
