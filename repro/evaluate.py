@@ -14,7 +14,7 @@ from repro.data import Place, Texts, load_beir
 from repro.encoder import BiEncoder
 from repro.search import retrieve
 from repro.support.files import check_output, command_line, one_line, write_json
-from repro.support.models import machine, plain_name
+from repro.support.models import machine, pick_dtype, plain_name
 
 
 @dataclass
@@ -60,6 +60,7 @@ class Settings:
             raise ValueError(
                 f"top-k is {self.top_k}, batch-size is {self.batch_size}: expected 1 or more"
             )
+        pick_dtype(self.dtype)  # raises ValueError for another
 
 
 def load_model(model: Any, asked: Settings) -> Any:

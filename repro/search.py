@@ -9,7 +9,7 @@ import bm25s
 import numpy as np
 from torch import Tensor, cat
 
-from repro.data import Texts
+from repro.data import Texts, plain_query
 
 BLOCK = 8192  # passages compared at a time: for 1000 queries 33 MB of scores
 
@@ -110,9 +110,8 @@ def retrieve(model: Any, corpus: Texts, queries: Texts, k: int, **options: Any) 
     run = {}
     for (query, text), pairs in zip(queries.items(), found, strict=True):
         best = {ids[row]: score for row, score in pairs}
-        words = text.casefold().split()
-        passage = corpus.get(query, "").casefold().split()
-        if passage[-len(words) :] == words:
+        passage = plain_query(corpus.get(query, ""))
+        if f" {passage}".endswith(f" {plain_query(text)}"):
             best.pop(query, None)
         run[query] = dict(list(best.items())[:k])
     return run

@@ -95,7 +95,7 @@ REFUSED = [
     ("--batch-size 0", "batch-size is 0"),
     ("--measures map@3", "unknown measure 'map@3'"),
     ("--device abacus", "'abacus' is not usable"),
-    ("--dtype int32", "unknown dtype 'int32'"),
+    ("--model bm25 --dtype int32", "unknown dtype 'int32'"),
     ("--run new --out new", "--out and --run name the same file"),
     ("--run tiny", "exists; name another file"),
     ("--run tiny/corpus.jsonl", "exists; name another file"),
