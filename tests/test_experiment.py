@@ -118,9 +118,10 @@ def test_runs_of_different_queries_are_refused():
         claims.compare_arms(runs, "base", [claims.Judged("C2", "1-D W", "start")])
 
 
-def test_a_start_from_which_an_arm_was_not_run_is_not_judged():
+def test_a_start_that_lacks_an_arm_or_a_seed_is_not_judged():
     assert "base" in report.measured(RECORDED)
     assert report.measured(RECORDED[RECORDED["arm"] != "KL"]) == []
+    assert "undecided" not in report.summary(RECORDED[RECORDED["seed"] != "4"])
 
 
 def test_robustness_is_judged_on_shifted_collections():
