@@ -126,7 +126,7 @@ def find_file(place: Place, file: str) -> Path:
         if path.is_file():
             return path
     raise ValueError(
-        f"{folder / file}: not found, nor .gz; expected a folder with it, a hub id, or 'sample'"
+        f"{Path(place, file)}: not found, nor .gz; expected a folder with it, a hub id, or 'sample'"
     )
 
 
