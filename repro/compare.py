@@ -87,8 +87,8 @@ def command(a: Path, b: Path, measure: str) -> None:
     gaps = {query: ours[query] - theirs[query] for query in ours}
     difference, low, high, p, queries = compare({collection: gaps})
     print(
-        f"{measure} of A - B on {one_line(collection)}: {difference:+.4f},",
-        f"95 % interval {low:+.4f} to {high:+.4f}, p = {p:.4f}, {queries} queries",
+        f"{measure} of A - B on {one_line(collection)}: {difference:+.4f}, "
+        f"95 % interval {low:+.4f} to {high:+.4f}, p = {p:.4f}, {queries} queries"
     )
 
 

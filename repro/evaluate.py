@@ -65,7 +65,7 @@ class Settings:
 
 def load_model(model: Any, asked: Settings) -> Any:
     """The encoder of a name or folder; "bm25" and an object with `encode` stay what they are."""
-    prompts = (asked.query_prompt, asked.passage_prompt)
+    prompts = asked.query_prompt, asked.passage_prompt
     if model == "bm25" and prompts != (None, None):
         raise ValueError("bm25 takes no prompt")
     if model == "bm25" or not isinstance(model, Place):

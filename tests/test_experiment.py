@@ -118,7 +118,7 @@ def test_runs_of_different_queries_are_refused():
         claims.compare_arms(runs, "base", [claims.Judged("C2", "1-D W", "start")])
 
 
-def test_a_start_that_lacks_an_arm_or_a_seed_is_not_judged():
+def test_a_start_that_lacks_an_arm_is_not_judged_nor_in_the_summary_one_that_lacks_a_seed():
     assert "base" in report.measured(RECORDED)
     assert report.measured(RECORDED[RECORDED["arm"] != "KL"]) == []
     assert "undecided" not in report.summary(RECORDED[RECORDED["seed"] != "4"])

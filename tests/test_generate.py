@@ -144,7 +144,7 @@ def test_after_a_failed_level_no_further_one_is_asked():
 
 
 @pytest.mark.parametrize("share", [0, 0.001, 0.3, 0.5, 0.7, 0.999])
-def test_a_file_cut_at_any_byte_ends_the_same(tmp_path, share):
+def test_a_file_cut_inside_a_record_ends_the_same(tmp_path, share):
     out = tmp_path / "out"
     model = scripted(lambda name: FINE if int(name[4:7]) % 3 else "no")
     options = {"plan": "all-levels", "retries": 2, "batch_size": 2, "out": out}

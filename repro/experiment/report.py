@@ -195,6 +195,7 @@ Does training on graded synthetic lists with a Wasserstein loss do what the abst
 says? Five claims, two starts, two families: the released Gaussian W2 and the kit's 1-D W.
 
 All arms were run from {", ".join(measured(runs))}, of the starts {", ".join(STARTS)}.
+A start with fewer seeds than planned has no verdict here; its own part below is preliminary.
 
 {summary(runs)}
 
@@ -210,7 +211,6 @@ collections. p is that of a stratified paired permutation test; for the five cla
 it is corrected by Holm. A claim *holds* if the corrected p is at most {LEVEL} and the
 difference above 0; it is *reversed* if that p is at most {LEVEL} and the difference
 below 0; else there is *no gain of .01* if the interval ends below +.01; else it is *undecided*.
-Of a start with fewer seeds than planned the tables are preliminary.
 The protocol was changed after seeing the first four collections, so the fresh three
 ({", ".join(FRESH)}; for C3 the last two), which no earlier run had been scored on,
 also stand alone. Arms train without dropout, with 16 lists a batch: `base` for \
