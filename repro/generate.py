@@ -9,6 +9,7 @@ import json
 import os
 import random
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from repro import prompts
 from repro.data import AUTHORED, Place, read_jsonl, read_lines, report_unusable, text_field
-from repro.support.files import check_output, command_line, naming, one_line
+from repro.support.files import check_output, command_line, naming, one_line, write_text
 from repro.support.models import load_pretrained, model_folder, pick_device, pick_dtype, plain_name
 
 
@@ -156,7 +157,7 @@ class LocalGenerator:
             max_new_tokens=most,
             logits_processor=[lambda _, scores: draw_tokens(scores, next(steps), sampling)],
         )
-        replies = made[:, padded["input_ids"].shape[1] :]
+        replies = made[:, padded.input_ids.shape[1] :]
         replies = self.tokenizer.batch_decode(replies, skip_special_tokens=True)
         try:
             prompts.answer(self.tokenizer.decode(asked[0][-8:]))
@@ -298,16 +299,18 @@ def plan_records(queries: dict, generator: Writer, job: Job, sampling: Sampling)
 
 
 def read_records(path: Place, planned: dict) -> dict:
-    """{id: last record in a file}; the torn last line of a stopped command is cut.
+    """{id: last record in a file}; a last line that a stopped command left torn is cut or ended.
 
-    Raises ValueError for anything but planned records, and for a last line that may be whole but
-    lacks its end.  What was drawn is taken from the file: it
-    depends on all queries, and some may have been added.
+    Raises ValueError, before the file is touched, for anything but planned records.  What was
+    drawn is taken from the file: it depends on all queries, and some may have been added.
     """
-    whole, end, torn = Path(path).read_bytes().rpartition(b"\n")
+    *lines, torn = Path(path).read_bytes().split(b"\n")
+    with suppress(ValueError):
+        json.loads(torn)
+        lines.append(torn)  # whole but for its end
     records = {}
     with naming(f"{path}: expected records of this very command"):
-        for line in whole.splitlines():
+        for line in lines:
             record = json.loads(line)
             key = record["id"]
             if key not in planned:
@@ -320,10 +323,10 @@ def read_records(path: Place, planned: dict) -> dict:
                 if found[field] != value:
                     raise ValueError(f"it has {field} {found[field]!r}, this run has {value!r}")
             records[key] = record
-        # One that may be whole is not cut: it could be somebody's.
-        if torn.endswith(b"}") or not b'{"id": '.startswith(torn[:7]):
-            raise ValueError("its last line is none, or lacks its end of line: add it or cut it")
-    os.truncate(path, len(whole + end))
+        if not b'{"id": '.startswith(torn[:7]):
+            raise ValueError("its last line is none")
+    if torn:
+        write_text(path, b"\n".join([*lines, b""]).decode())
     return records
 
 

@@ -101,9 +101,10 @@ def evaluate(qrels: Qrels, run: Run, measures: Iterable = MEASURES) -> dict:
     values = {}
     for query, judged in qrels.items():
         found = [judged.get(passage, 0) for passage in rank(run.get(query, {}))]
-        values[query] = {}
-        for measure, (function, k) in wanted.items():
-            values[query][measure] = function(found, judged.values(), k)
+        values[query] = {
+            measure: function(found, judged.values(), k)
+            for measure, (function, k) in wanted.items()
+        }
     return values
 
 

@@ -71,7 +71,7 @@ def real_lists(path_or_hub_id: Place, negatives: Place | None = None, seed: int 
     report_unusable(
         path_or_hub_id, lacking, len(qrels), "queries lack a positive or another passage, left out"
     )
-    return [lists[query] for query in qrels if query in lists]
+    return list(lists.values())
 
 
 def combine(synthetic: Lists, real: Lists) -> Lists:
@@ -83,15 +83,15 @@ def combine(synthetic: Lists, real: Lists) -> Lists:
     """
     partners = {plain_query(item.query): item for item in reversed(real)}
     joined = []
-    unused = {item.id: item for item in real}
+    unused = {item.id for item in real}
     for item in synthetic:
         partner = partners.get(plain_query(item.query))
         if partner:
-            unused.pop(partner.id, None)
+            unused.discard(partner.id)
             passages = item.passages + partner.passages
             item = replace(item, passages=passages, grades=item.grades + partner.grades)
         joined.append(item)
     report_unusable(
-        "combine", list(unused), len(real), "real lists have no synthetic partner, left out"
+        "combine", sorted(unused), len(real), "real lists have no synthetic partner, left out"
     )
     return joined

@@ -143,7 +143,7 @@ def test_after_a_failed_level_no_further_one_is_asked():
     assert record["reply"] == [PROSE, "short"]
 
 
-@pytest.mark.parametrize("share", [0, 0.001, 0.3, 0.5, 0.7, 0.999])
+@pytest.mark.parametrize("share", [0, 0.001, 0.3, 0.5, 0.7, 0.999, 1 - 1e-9])
 def test_a_file_cut_inside_a_record_ends_the_same(tmp_path, share):
     out = tmp_path / "out"
     model = scripted(lambda name: FINE if int(name[4:7]) % 3 else "no")

@@ -24,6 +24,7 @@ from repro.experiment.claims import (
 from repro.support.files import run_command, write_text
 
 README = RESULTS.parents[2] / "README.md"
+SHOWN = ("start", "BM25", *BY_NAME)  # the arms in a table of means
 WORDS = {
     "C1": "C1: W on four graded passages beats InfoNCE on one good, two bad",
     "C2": "C2: training on them improves the start, without any real document",
@@ -86,8 +87,7 @@ def ladder_rows(runs: pd.DataFrame, start: str) -> dict:
 def arm_means(runs: pd.DataFrame, start: str) -> dict:
     """{arm: mean nDCG@10, a row a seed, a column a collection} of the references and main arms."""
     frame = mean_scores(runs, start, "seed").unstack("collection")
-    names = ("start", "BM25", *BY_NAME)
-    return {name: frame.loc[name] for name in names if name in frame.index}
+    return {name: frame.loc[name] for name in SHOWN if name in frame.index}
 
 
 def means_table(runs: pd.DataFrame, start: str) -> str:
@@ -116,8 +116,7 @@ def curve(runs: pd.DataFrame, group: str) -> dict:
 
 def measured(runs: pd.DataFrame) -> list:
     """The starts from which all was run but ablations; a part of the arms gives no verdicts."""
-    needed = {"start", "BM25", *BY_NAME}
-    return [start for start in STARTS if needed <= arm_means(runs, start).keys()]
+    return [start for start in STARTS if len(arm_means(runs, start)) == len(SHOWN)]
 
 
 def summary(runs: pd.DataFrame) -> str:
