@@ -102,20 +102,22 @@ def wasserstein_1d(
       favourites on top, so a wrong favourite has to travel.  No gradient through the places.
 
     0 exactly at P = T.  Gradient by a row's scores: P_j (c_j - sum P c) / temperature, with c_j
-    the signed length of line that mass at j has to travel.  ValueError for other ties.
+    what mass at j adds to the work, up to a constant.  ValueError for other ties.
     """
     if ties not in ("spread", "merged"):
         raise ValueError(f"ties: expected spread or merged, found {ties!r}")
     x, z, grades = _logits(scores, labels, temperature, label_temperature, mask)
     # The passages from the top of the line down; of equal grades the best score first.
     by_score = x.argsort(descending=True, stable=True)
-    depth, by_grade = (-grades).gather(1, by_score).sort(stable=True)
-    order = by_score.gather(1, by_grade)  # (B, N), their columns
+    depth, order = (-grades).gather(1, by_score).sort(stable=True)
     if ties == "spread":
         first = torch.searchsorted(depth, depth)  # (B, N), where a passage's grade begins
         last = torch.searchsorted(depth, depth, right=True)
         rank = torch.arange(x.shape[1]).to(depth) - first
         depth = depth + rank / (last - first)
+        depth, again = depth.sort(stable=True)  # grades less than 1 apart share a unit
+        order = order.gather(1, again)
+    order = by_score.gather(1, order)  # (B, N), their columns
     surplus = x.softmax(1) - z.softmax(1)  # (B, N), P - T
     above = surplus.gather(1, order).cumsum(1)[:, :-1]  # (B, N-1), the surplus above each gap
     return (depth.diff() * above.abs()).sum(1).mean()

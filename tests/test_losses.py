@@ -80,7 +80,7 @@ def most_work(x, p, t):
 def test_the_1d_form_is_the_distance_on_the_line(loss, width):
     """Passages of one grade lie evenly on `width` below it, best score first."""
     torch.manual_seed(0)
-    grades = torch.randint(4, (30,)).double()
+    grades = torch.randint(7, (30,)).double() / 2
     scores = torch.randn_like(grades).round()  # some are equal
     groups = pd.Series(-scores).groupby(grades.numpy())
     better = groups.rank("first") - 1
