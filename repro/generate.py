@@ -78,13 +78,12 @@ class Sampling:
     top_k: int = 50
 
     def __post_init__(self) -> None:
-        fits = (
+        if not (
             self.max_new_tokens >= 1
             and self.temperature >= 0
             and self.top_k >= 0
             and 0 < self.top_p <= 1
-        )
-        if not fits:
+        ):
             raise ValueError(
                 "expected max_new_tokens >= 1, temperature and top_k >= 0, 0 < top_p <= 1, "
                 f"found {self}"
@@ -151,7 +150,7 @@ class LocalGenerator:
         rows = [torch.Generator().manual_seed(seed_of(name)) for _, name in jobs]
         most = sampling.max_new_tokens
         noise = [torch.rand(most, generator=row, dtype=torch.float64) for row in rows]
-        steps = iter(torch.stack(noise, dim=1))
+        steps = iter(torch.stack(noise, 1))
         made = self.model.generate(
             **padded.to(self.model.device),
             max_new_tokens=most,
@@ -333,8 +332,7 @@ def read_records(path: Place, planned: dict) -> dict:
 def ask_batch(generator: Writer, batch: list, attempt: int, sampling: Sampling) -> None:
     """Fill in attempt, reply, passages and error; after an error no further level is asked for.
 
-    Raises ValueError if none gets an answer, or all of more than one are refused at their first
-    attempt: the rest would fare no better.
+    Raises ValueError if the server does not answer any of them.
     """
     for record in batch:
         record.update(attempt=attempt, reply=[], passages={}, error=None)
@@ -349,9 +347,7 @@ def ask_batch(generator: Writer, batch: list, attempt: int, sampling: Sampling) 
             name = f"{record['seed']}|{record['id']}|{attempt}|{asked}"
             jobs.append((chat, name))
         replies = generator.reply(jobs, sampling)
-        kinds = {type(reply) for reply in replies}
-        first = attempt == 0 and len(jobs) > 1
-        if kinds == {ConnectionError} or (first and str not in kinds):
+        if {type(reply) for reply in replies} == {ConnectionError}:
             raise ValueError(f"all queries of a batch failed: {replies[0]}")
         for record, reply in zip(going, replies, strict=True):
             try:
@@ -377,8 +373,8 @@ def generate(
     queries so many are drawn with the seed; a larger limit holds a smaller one.  A reply that
     cannot be read gives `passages` None and the reason in `error`; it is asked again, up to
     `retries` times, with new seeds.  What is in the file `out` is not made again.
-    Raises ValueError, before any work, for what does not fit, and later if a server fails or
-    refuses a whole batch.
+    Raises ValueError, before any work, for what does not fit, and later if a server fails, or
+    refuses a whole batch and has not answered any query yet.
     """
     job = Job(out, **settings)
     most = sampling.max_new_tokens * len(prompts.calls(job.plan)[0])
@@ -395,6 +391,9 @@ def generate(
         for start in trange(0, len(pending), job.batch_size, disable=None):
             batch = pending[start : start + job.batch_size]
             ask_batch(generator, batch, attempt, sampling)
+            answered = any(record.get("reply") for record in records.values())
+            if len(batch) > 1 and not attempt and not answered:  # the rest would fare no better
+                raise ValueError(f"all queries of a batch failed: {batch[0]['error']}")
             if out:
                 Path(out).parent.mkdir(parents=True, exist_ok=True)
                 lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in batch]

@@ -38,15 +38,15 @@ markdown, no word about relevance or the query. Reply with one JSON object and n
     (1,): "Write an encyclopedia paragraph about {neighbour}",
     (0,): "Write an excerpt of a web page that answers: {unrelated}",
 }
-FACETS = """
+FACETS = """\
 the history of {part}
 common mistakes with {part}
 people who work with {part}
 learning about {part}
 {part} in popular culture
 famous examples of {part}
-""".strip().splitlines()
-UNRELATED = """
+""".splitlines()
+UNRELATED = """\
 how to prune roses
 what is a sonnet
 how do sailing boats turn
@@ -59,7 +59,7 @@ how do violins make sound
 what do archivists do
 how to fold a fitted sheet
 why do leaves fall
-""".strip().splitlines()
+""".splitlines()
 # Words of an English query that do not say what it is about.
 COMMON = """
     a about after age all an and any are as at average be become before best better between by
