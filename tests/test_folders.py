@@ -101,6 +101,7 @@ def edit(folder: Path, file: str, field: str, value: object, row: int = 0) -> No
         (TRANSFORMER, "do_lower_case", True),
         (TRANSFORMER, "transformer_task", "fill-mask"),
         (TRANSFORMER, "tokenizer_args", {"truncation_side": "left"}),
+        ("config.json", "auto_map", {"AutoModel": "own.Model"}),
         (POOLING, "pooling_mode", "max"),
         (POOLING, "pooling_mode", []),
         (POOLING, "pooling_mode_weightedmean_tokens", True),
@@ -213,16 +214,15 @@ def test_a_plain_checkpoint_is_mean_pooled_without_normalising(kind, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "named, default, query, passage",
+    "named, query, passage",
     [
-        ({}, None, "", ""),
-        ({"query": "q ", "document": "", "passage": "p "}, None, "q ", ""),
-        ({"passage": "p "}, None, "", "p "),
-        ({"corpus": "c "}, None, "", "c "),
-        ({"any": "a "}, "any", "", ""),
-        ({"query": "q "}, "query", "q ", ""),
+        ({"query": None, "document": None}, "", ""),
+        ({"query": "q ", "document": "", "passage": "p "}, "q ", ""),
+        ({"passage": "p "}, "", "p "),
+        ({"corpus": "c "}, "", "c "),
+        ({"any": "a "}, "", ""),
     ],
 )
-def test_prompts_are_those_of_encode_query_and_encode_document(named, default, query, passage):
-    found = read_prompts({"prompts": named, "default_prompt_name": default})
+def test_the_prompts_of_a_folder(named, query, passage):
+    found = read_prompts({"prompts": named})
     assert found == {"query": query, "passage": passage}

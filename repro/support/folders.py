@@ -130,13 +130,13 @@ def read_module(folder: Path, row: dict) -> tuple:
 
 
 def read_prompts(settings: dict) -> dict:
-    """The prompts for which `encode_query` and `encode_document` of sentence-transformers look.
+    """{"query", "passage"}: the prompts of a folder, "" where it has none.
 
-    That of passages may also be named "passage" or "corpus".
+    That of passages is named "document", else "passage", else "corpus".
     """
     named = settings.get("prompts") or {}
-    passage = named.get("passage", named.get("corpus", ""))
-    return {"query": named.get("query", ""), "passage": named.get("document", passage)}
+    passage = named.get("passage", named.get("corpus"))
+    return {"query": named.get("query") or "", "passage": named.get("document", passage) or ""}
 
 
 def read_folder(folder: Path) -> tuple:
@@ -158,8 +158,10 @@ def read_folder(folder: Path) -> tuple:
             weighted_cls = "token_weights" in options and options["pooling"] == "cls"
             if weighted_cls or not re.fullmatch(ORDER, steps):
                 raise ValueError(f"its modules give {steps}, expected {ORDER}")
-        else:
-            config = read_json(folder / "config.json")
+        config = read_json(root / "config.json")
+        if "AutoModel" in config.get("auto_map", {}):
+            raise ValueError(f"{root / 'config.json'}: this kit does not have auto_map's own code")
+        if not rows:
             for kind in config.get("architectures") or []:
                 if config.get("is_encoder_decoder") or not re.search(PLAIN, kind):
                     raise ValueError(f"{folder}: is a {one_line(kind)}, expected a text encoder")
