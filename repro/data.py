@@ -51,7 +51,7 @@ def read_lines(path: Place) -> Iterator:
         naming(f"{path}: cannot be read", OSError, EOFError, zlib.error),
         opener(path, "rb") as file,
     ):
-        for number, raw in enumerate(file, start=1):
+        for number, raw in enumerate(file, 1):
             where = f"{path}:{number}"
             with naming(f"{where}: expected UTF-8 text", UnicodeDecodeError):
                 line = raw.decode("utf-8-sig").strip(" \r\n")  # Windows starts files with a mark

@@ -22,7 +22,6 @@ ROWS_ON_CPU = 16  # texts trained together; 64, padded to the longest, hold 1.4 
 BLOCK = 1024  # texts in one file of kept vectors: half a minute of work on two cores
 WORTH_A_FILE = 64  # texts; fewer are sooner computed again
 PLAIN_LENGTH = 256  # tokens of a text for a plain transformer, as released
-Texts = list[str]
 KEPT = {}  # {settings: {prompt + text: mean vector (hidden,)}}
 
 
@@ -77,7 +76,7 @@ class BiEncoder(nn.Module):
         """Whether only a linear map trains."""
         return self.projection is not None
 
-    def prompted(self, texts: Texts, kind: str) -> Texts:
+    def prompted(self, texts: list, kind: str) -> list:
         """The prompt of `kind` (query or passage) in front of each text; ValueError for others."""
         if isinstance(texts, str) or kind not in self.prompts:
             raise ValueError(
@@ -86,7 +85,7 @@ class BiEncoder(nn.Module):
             )
         return [self.prompts[kind] + text for text in texts]
 
-    def forward(self, queries: Texts, passages: Texts, chunk: int | None = None) -> tuple:
+    def forward(self, queries: list, passages: list, chunk: int | None = None) -> tuple:
         """(n, d) and (m, d) embeddings with gradient, in one call, as DDP wants one a step.
 
         With `chunk`, so many texts are embedded at a time and only their embeddings are kept; the
@@ -94,7 +93,7 @@ class BiEncoder(nn.Module):
         """
         return self.embed(queries, "query", chunk), self.embed(passages, "passage", chunk)
 
-    def embed(self, texts: Texts, kind: str, chunk: int | None = None) -> Tensor:
+    def embed(self, texts: list, kind: str, chunk: int | None = None) -> Tensor:
         """(n, d) embeddings with gradient."""
         if self.frozen:
             means = self.mean_vectors(texts, kind)
@@ -103,7 +102,7 @@ class BiEncoder(nn.Module):
             means = self._means(self.prompted(texts, kind), chunk or rows, chunk is not None)
         return self._finish(means)
 
-    def _means(self, texts: Texts, rows: int, again: bool = False) -> Tensor:
+    def _means(self, texts: list, rows: int, again: bool = False) -> Tensor:
         """(n, hidden) of texts that have their prompt, so many rows at a time, alike in length.
 
         With gradient.  With `again` the states are not kept for it but computed once more.
@@ -145,12 +144,12 @@ class BiEncoder(nn.Module):
         if self.frozen:
             vectors = vectors @ self.projection.T  # (n, m)
         if self.normalise:
-            vectors = nn.functional.normalize(vectors, dim=1)
+            vectors = nn.functional.normalize(vectors)
         return vectors
 
     @torch.no_grad()
     def encode(
-        self, texts: Texts, kind: str = "passage", batch_size: int = 32, progress: bool = False
+        self, texts: list, kind: str = "passage", batch_size: int = 32, progress: bool = False
     ) -> Tensor:
         """(n, d) embeddings of query or passage texts, float32, on the CPU, in the order given."""
         means = self.mean_vectors(texts, kind, batch_size, progress)
@@ -158,7 +157,7 @@ class BiEncoder(nn.Module):
 
     @torch.no_grad()
     def mean_vectors(
-        self, texts: Texts, kind: str, batch_size: int = 32, progress: bool = False
+        self, texts: list, kind: str, batch_size: int = 32, progress: bool = False
     ) -> Tensor:
         """(n, hidden) mean vectors, before centre and map, on the CPU.
 
@@ -179,7 +178,7 @@ class BiEncoder(nn.Module):
         self.model.train(was_training)
         return torch.stack([kept[text] for text in texts])
 
-    def _block(self, texts: Texts, batch_size: int) -> Tensor:
+    def _block(self, texts: list, batch_size: int) -> Tensor:
         """(n, hidden) mean vectors, on the CPU, from their file if they are to be kept on disk."""
         if not self.frozen or len(texts) < WORTH_A_FILE:
             return self._means(texts, batch_size).cpu()

@@ -36,7 +36,7 @@ def rank(scores: dict) -> list[str]:
 
 def dcg(gains: Iterable) -> float:
     """Discounted cumulative gain: the sum over ranks r = 1, 2, ... of gain_r / log2(r + 1)."""
-    return sum(gain / log2(r + 1) for r, gain in enumerate(gains, start=1))
+    return sum(gain / log2(r + 1) for r, gain in enumerate(gains, 1))
 
 
 def ndcg(found: list, judged: Collection, k: int, gain: Callable = float) -> float:
@@ -47,7 +47,7 @@ def ndcg(found: list, judged: Collection, k: int, gain: Callable = float) -> flo
 
 def mrr(found: list, judged: Collection, k: int) -> float:
     """1 / rank of the first relevant passage (grade >= 1) within the first k; 0 without one."""
-    for r, grade in enumerate(found[:k], start=1):
+    for r, grade in enumerate(found[:k], 1):
         if grade >= 1:
             return 1 / r
     return 0.0
@@ -131,6 +131,6 @@ def write_run(run: Run, file: Place, tag: str) -> None:
     lines = []
     for query, scores in run.items():
         check_ids(scores, file)
-        for place, passage in enumerate(rank(scores), start=1):
+        for place, passage in enumerate(rank(scores), 1):
             lines.append(f"{query} Q0 {passage} {place} {float(scores[passage])!r} {tag}\n")
     write_text(file, "".join(lines))

@@ -32,9 +32,9 @@ def search(queries: Tensor, passages: Tensor | Iterable, k: int) -> tuple:
         if not scores.sum().isfinite():  # a tenth of the time of a look at each score
             raise ValueError("an embedding or a score is not finite; the model cannot be judged")
         top, rows = scores.topk(min(k, len(block)))
-        best_rows = cat([best_rows, rows + seen], dim=1)
+        best_rows = cat([best_rows, rows + seen], 1)
         seen += len(block)
-        best, order = cat([best, top], dim=1).topk(min(k, seen))
+        best, order = cat([best, top], 1).topk(min(k, seen))
         best_rows = best_rows.gather(1, order)
     return best, best_rows
 

@@ -37,9 +37,7 @@ def sif_weights(ids: list, vocabulary: int, a: float = 1e-4) -> Tensor:
 
     Arora et al. 2017, "A Simple but Tough-to-Beat Baseline for Sentence Embeddings"; a is theirs.
     """
-    tokens = []
-    for row in ids:
-        tokens += row
+    tokens = [token for row in ids for token in row]
     counts = torch.bincount(torch.tensor(tokens), minlength=vocabulary)
     return a / (a + counts / counts.sum())
 
@@ -83,8 +81,8 @@ def warm_up(start: Tensor, cuts: Tensor, passages: Tensor) -> Tensor:
     for _ in range(EPOCHS):
         drawn = torch.randperm(len(passages), generator=order)
         for rows in drawn.unfold(0, BATCH, BATCH):  # whole batches
-            short = normalize(cuts[rows] @ w.T, dim=1)  # (B, m)
-            long = normalize(passages[rows] @ w.T, dim=1)
+            short = normalize(cuts[rows] @ w.T)  # (B, m)
+            long = normalize(passages[rows] @ w.T)
             infonce(short @ long.T, torch.eye(BATCH), TEMPERATURE).backward()
             optimiser.step()
             optimiser.zero_grad()
@@ -116,7 +114,7 @@ def build_base(folder: Path) -> None:
         projection=torch.eye(model.config.hidden_size),
         prompts={"query": PROMPT, "passage": PROMPT},
     )
-    centre = encoder.mean_vectors([item.query for item in lists], "query").mean(dim=0)
+    centre = encoder.mean_vectors([item.query for item in lists], "query").mean(0)
     short = encoder.mean_vectors(cut_out(passages), "query", progress=True) - centre
     long = encoder.mean_vectors(passages, "passage", progress=True) - centre
     encoder.centre = centre
