@@ -4,7 +4,6 @@ import os
 import random
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 from repro.data import (
     GradedList,
@@ -37,7 +36,7 @@ def recipe(lists: Lists, name: str, seed: int) -> Lists:
     return shaped
 
 
-def _mined(path: Path) -> Iterator:
+def _mined(path: Place) -> Iterator:
     """(query id, passage ids) of lines {"qid": "1", "docid": ["7", ...]}, as `trove` has them."""
     for where, row in read_jsonl(path):
         ids = row.get("docid")

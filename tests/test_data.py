@@ -137,7 +137,7 @@ def test_bad_rows_are_named(tmp_path, part, content, message):
             "dev",
             r"sample/qrels/dev\.tsv: not found, nor \.gz; expected a folder with it, a hub id",
         ),
-        ("mteb/scifact", "test", "mteb/scifact: no folder here, and the hub did not deliver"),
+        ("mteb/scifact", "test", "mteb/scifact: no folder here has queries.jsonl*"),
     ],
 )
 def test_what_is_not_there_is_named(place, split, message):

@@ -200,7 +200,7 @@ def refused(capsys, *command):
         ("--max-new-tokens", 500, "24 of 24 do not fit into the model's 512 tokens"),
         ("--queries", "none", "cannot be read"),
         ("--model", "no-such", "unknown model"),
-        ("--out", ".", "exists; name another file"),
+        ("--out", "/", "exists; name another file"),
         ("--base-url", "http://host:port/v1", "--base-url: Invalid"),
         ("--base-url", "localhost:8000/v1", "--base-url: expected http"),
     ],

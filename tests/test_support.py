@@ -158,7 +158,7 @@ def test_a_failed_download_comes_with_pips_own_message(tmp_path, monkeypatch, ca
         ("smollm3", "unknown model"),
         ("", "unknown model"),
         ("./missing", "unknown model"),
-        ("owner/none", "owner/none: no folder here, and the hub did not deliver this model"),
+        ("owner/none", "none: no folder here has [*].json, nor did the hub deliver this model"),
     ],
 )
 def test_what_is_no_model_is_refused(name, message):

@@ -105,7 +105,7 @@ def command_line(work: Callable, *kinds: type) -> Callable:
 def _writable(place: Place) -> Path:
     """The absolute path of a place where something can be made; leaves nothing behind."""
     path = Path(place).expanduser().resolve()
-    parent = next(folder for folder in path.parents if folder.exists())
+    parent = next((folder for folder in path.parents if folder.exists()), path)
     with naming(f"{path}: cannot be written", OSError):
         tempfile.TemporaryFile(dir=parent).close()
     return path

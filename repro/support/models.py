@@ -113,7 +113,9 @@ def hub_folder(repo_id: str, kind: str, patterns: tuple, revision: str | None) -
 
     Raises ValueError if the hub does not deliver it and its cache does not have it.
     """
-    with naming(f"{repo_id}: no folder here, and the hub did not deliver this {kind}"):
+    with naming(
+        f"{repo_id}: no folder here has {patterns[0]}, nor did the hub deliver this {kind}"
+    ):
         return Path(
             snapshot_download(repo_id, repo_type=kind, allow_patterns=patterns, revision=revision)
         )
