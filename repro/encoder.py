@@ -34,7 +34,7 @@ class BiEncoder(nn.Module):
     `token_weights` w (V,), which make rare tokens count more, `centre` c (hidden,), `projection`
     W (m, hidden), the linear map, and `prompts` {"query", "passage"} in front of the texts (E5's
     "query: ").  `pooling="cls"` takes the first token's state for the mean.  `max_length` counts
-    tokens, special ones included; None cuts nothing.
+    tokens, special ones included; None cuts nothing.  ValueError for another pooling.
 
     With a linear map only the map trains: the transformer is `frozen`, and a text's mean vector is
     computed once.  Without one the whole transformer trains.
@@ -54,6 +54,8 @@ class BiEncoder(nn.Module):
         prompts: dict | None = None,
     ) -> None:
         super().__init__()
+        if pooling not in ("mean", "cls"):
+            raise ValueError(f"pooling: expected mean or cls, found {pooling!r}")
         model.config.use_cache = False  # a causal model would keep keys that nobody reads
         model.pooler = None  # BERT's is not part of e(x), and DDP wants a gradient for all
         model.requires_grad_(projection is None)

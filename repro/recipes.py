@@ -23,14 +23,17 @@ def recipe(lists: Lists, name: str, seed: int) -> Lists:
 
     "graded": every passage with its own grade.  "binary": a positive drawn from grades 3 and 2, at
     grade 3, and the passages of grades 1 and 0 at grade 0 (the released synthetic binary, k = 3).
-    Raises ValueError for "binary" if a list is not one passage a grade, best first.
+    Raises ValueError for another name, and for "binary" if a list is not one passage a grade, best
+    first.
     """
     if name == "graded":
         return lists
     shaped = []
     for item in lists:
-        if item.grades != [3, 2, 1, 0]:
-            raise ValueError(f"binary: expected grades 3, 2, 1, 0; {item.id!r} has {item.grades}")
+        if name != "binary" or item.grades != [3, 2, 1, 0]:
+            raise ValueError(
+                f"{name}: expected binary, grades 3, 2, 1, 0; {item.id!r} has {item.grades}"
+            )
         positive = random.Random(f"{seed} {item.id}").choice(item.passages[:2])
         shaped.append(replace(item, passages=[positive, *item.passages[2:]], grades=[3, 0, 0]))
     return shaped

@@ -60,7 +60,7 @@ class TrainConfig:
     accumulate: losses whose gradients make one step (4 in the released commands)
     lr: learning rate; none: 4e-4 where only a linear map trains, else 1e-5
     temperature: of the scores; none: fitted to the start
-    label_temperature: of the grades
+    label_temperature: of the grades; infonce has none
     warmup: share of the steps, then linear decay to 0
     weight_decay: of AdamW; clip: largest gradient norm
     dropout: train with the transformer's own (as the released commands do), not without
@@ -109,6 +109,10 @@ class TrainConfig:
                 raise ValueError(
                     f"{name}: expected a number from {least:g} to {most:g}, found {value!r}"
                 )
+        if self.loss == "infonce" and self.label_temperature != 1:
+            raise ValueError(
+                "label_temperature: expected none for infonce, which has no use for it"
+            )
         if (self.recipe == "real" or self.negatives) and not self.real:
             raise ValueError("real: expected a collection, for recipe real and for --negatives")
         if self.recipe == "real" and self.lists:
@@ -253,8 +257,8 @@ def train_encoder(
 def train(config: TrainConfig, lists: Lists | None = None, progress: bool = True) -> dict:
     """Train as the config says and write the model to `config.out`; returns what train.json holds.
 
-    `lists` replaces the ones that the config names.  ValueError before any work if settings, lists
-    or folder do not fit; OUT appears whole or not at all.
+    `lists` replaces the ones that the config names.  ValueError before any training if settings,
+    lists or folder do not fit; OUT appears whole or not at all.
     """
     files.check_new_folder(config.out, config.overwrite)
     if lists is None:
@@ -282,8 +286,7 @@ def train(config: TrainConfig, lists: Lists | None = None, progress: bool = True
         files.write_json(folder / "train.json", record)
     if progress:
         print(
-            f"{config.out}: {len(lists)} lists, "
-            f"temperature {used.temperature:.4g}, {minutes:.1f} minutes"
+            f"{config.out}: {len(lists)} lists, temperature {used.temperature:g}, {minutes:.1f} min"
         )
     return record
 

@@ -55,6 +55,11 @@ def test_other_texts_and_kinds_are_refused(texts, kind, tiny_bert):
         weighted(tiny_bert).encode(texts, kind)
 
 
+def test_another_pooling_is_refused():
+    with pytest.raises(ValueError, match="expected mean or cls, found 'max'"):
+        BiEncoder(None, None, pooling="max")
+
+
 def test_encoding_has_no_dropout_and_keeps_the_mode(tiny_bert):
     encoder = weighted(tiny_bert).train()
     in_training = encoder.encode(TEXTS)

@@ -33,9 +33,10 @@ def test_binary_draws_depend_on_seed_and_id_alone():
     assert first != recipe(FIFTY, "binary", 1)
 
 
-def test_binary_needs_one_passage_a_grade():
-    with pytest.raises(ValueError, match=r"expected grades 3, 2, 1, 0; 'b' has \[1, 0\]"):
-        recipe([IRON], "binary", 0)
+@pytest.mark.parametrize("name", ["binary", "mixed"])
+def test_another_recipe_or_other_grades_are_refused(name):
+    with pytest.raises(ValueError, match=rf"{name}: expected binary, .*; 'b' has \[1, 0\]"):
+        recipe([IRON], name, 0)
 
 
 @pytest.fixture

@@ -3,11 +3,13 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from string import Template
 
 import pytest
 import torch
@@ -99,7 +101,7 @@ def test_the_gradients_of_accumulated_losses_are_averaged(llama):
 def test_settings_reach_the_loss():
     options = {"temperature": 2, "label_temperature": 3, "ties": "merged"}
     assert loss_function(TrainConfig(loss="wasserstein_1d", **options)).keywords == options
-    assert loss_function(TrainConfig(loss="infonce", **options)).keywords == {"temperature": 2}
+    assert loss_function(TrainConfig(loss="infonce", temperature=2)).keywords == {"temperature": 2}
 
 
 def test_a_linear_map_trains_longer_at_a_higher_rate(llama):
@@ -130,7 +132,7 @@ def test_the_command_says_and_records_what_it_did(arguments, capsys):
     assert main(arguments) == 0
     record = read_record()
     fitted = record["settings"]["temperature"]
-    assert f"temperature {fitted:.4g}" in capsys.readouterr().out
+    assert f"temperature {fitted:g}" in capsys.readouterr().out
     assert record["settings"]["steps"] == 3
     assert [record[key] for key in ("queries", "ranks")] == [18, 1]
     rows = [json.loads(line) for line in Path("out/log.jsonl").read_text().splitlines()]
@@ -160,7 +162,11 @@ def test_a_rank_that_has_only_padding_takes_part(tiny_bert, monkeypatch):
 
 
 def test_prompts_are_trained_with_and_saved(arguments):
-    assert main([*arguments, "--query-prompt", "how ", "--passage-prompt", "the "]) == 0
+    assert main(arguments) == 0
+    without = read_record()["settings"]["temperature"]
+    prompts = ["--query-prompt", "how ", "--passage-prompt", "the ", "--overwrite"]
+    assert main([*arguments, *prompts]) == 0
+    assert read_record()["settings"]["temperature"] != without
     assert BiEncoder.load("out").prompts == {"query": "how ", "passage": "the "}
 
 
@@ -214,19 +220,13 @@ def test_a_bad_setting_is_named(name, value):
         TrainConfig(**{name: value})
 
 
-MINED = "BatsResearch/sycl/real_data/bm25_top_docs/train_qrels.jsonl"
-REAL = f"--real mteb/msmarco --negatives {MINED}"
-LISTS = "--lists BatsResearch/sycl/llama33_70b --queries mteb/msmarco"
-USUAL = (
-    "--model facebook/contriever --batch-size 64 --accumulate 4 --epochs 1 --lr 1e-5 "
-    "--warmup 0.05 --temperature 1 --steps 2 --out out "
-)
-RELEASED = [
-    f"--recipe real {REAL} --loss infonce",
-    f"--recipe binary {LISTS} --loss infonce",
-    f"{LISTS} --loss wasserstein_gaussian",
-    f"{LISTS} {REAL} --loss wasserstein_gaussian",
-]
+def test_infonce_has_no_label_temperature():
+    with pytest.raises(ValueError, match="label_temperature"):
+        TrainConfig(loss="infonce", label_temperature=2)
+
+
+README = Path(__file__).parents[1].joinpath("README.md").read_text("utf-8")
+EXPORTS = dict(re.findall('export (.*)="(.*)"', README))
 GRADES = "q1 p1 3\nq1 p2 2\nq1 p3 1\nq1 4 0\nq2 p2 3\nq2 p3 2\nq2 p1 1\nq2 4 0\n"
 NEGATIVES = """
 {"qid": "q1", "docid": ["p1", "4", "p2"]}
@@ -234,14 +234,16 @@ NEGATIVES = """
 """
 
 
-@pytest.mark.parametrize("options", RELEASED)
-def test_a_released_experiment_takes_its_first_steps(options, tiny_bert, tmp_path, monkeypatch):
-    """In a folder that has the released layout under the names of the hub."""
+@pytest.mark.parametrize("command", re.findall(r"(?m)^\$RUN .*", README))
+def test_a_released_experiment_takes_its_first_steps(command, tiny_bert, tmp_path, monkeypatch):
+    """README's own lines, in a folder that has the released layout under the names of the hub."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny_bert, "facebook/contriever")
     qrels = GRADES.replace(" ", "\t")
-    folder = write_collection(Path("mteb/msmarco"), "train", qrels=qrels)
+    _, real, _, mined = EXPORTS["REAL"].split()
+    folder = write_collection(Path(real), "train", qrels=qrels)
     shutil.copytree(folder, "BatsResearch/sycl/llama33_70b")
-    write_jsonl(Path(MINED), NEGATIVES)
-    assert main([*USUAL.split(), *options.split()]) == 0
+    write_jsonl(Path(mined), NEGATIVES)
+    options = Template(command).substitute(EXPORTS).split("repro.train ")[1].split()
+    assert main([*options, "--steps", "2", "--out", "out"]) == 0
     assert read_record()["settings"]["steps"] == 2
