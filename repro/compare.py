@@ -39,8 +39,9 @@ def compare(differences: dict, seed: int = 0) -> Comparison:
     difference: mean over collections of the mean over queries.  p, two-sided: each query's sign is
     flipped by a coin; (count + 1) / (9,999 + 1), count = samples at least as far from 0
     (stratified paired permutation test).  low, high: percentiles 2.5 and 97.5, queries drawn anew
-    in collections (bootstrap).  The order of collections and of queries does not matter.  Raises
-    ValueError for no collection, one with fewer than 2 queries, or a value that is not finite.
+    in collections (bootstrap; Efron & Tibshirani 1993).  The order of collections and of queries
+    does not matter.  Raises ValueError for no collection, one with fewer than 2 queries, or a value
+    that is not finite.
     """
     rows = [np.sort(list(found.values())) for _, found in sorted(differences.items())]
     if min(map(len, rows), default=0) < 2 or not np.isfinite(mean_of_means(*rows)):
@@ -60,7 +61,7 @@ def compare(differences: dict, seed: int = 0) -> Comparison:
 
 
 def holm(p_values: dict) -> dict:
-    """Holm-adjusted p values: of m sorted ones, the i-th becomes the maximum over j <= i of
+    """Holm-adjusted p values (1979): of m sorted ones, the i-th becomes the maximum over j <= i of
     min(1, (m - j + 1) p_j)."""
     p = pd.Series(p_values).sort_values()
     scaled = p * np.arange(len(p), 0, -1)
@@ -81,8 +82,7 @@ def command(a: Path, b: Path, measure: str) -> None:
     other, theirs = read_values(b, measure)
     if (collection, ours.keys()) != (other, theirs.keys()):
         raise ValueError(
-            f"{a} is of {collection} and {b} of {other}: "
-            "expected one collection and the same queries in both"
+            f"{a} is of {collection}, {b} of {other}: expected one collection, the same queries"
         )
     gaps = {query: ours[query] - theirs[query] for query in ours}
     difference, low, high, p, queries = compare({collection: gaps})

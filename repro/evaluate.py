@@ -64,7 +64,10 @@ class Settings:
 
 
 def load_model(model: Any, asked: Settings) -> Any:
-    """The encoder of a name or folder; "bm25" and an object with `encode` stay what they are."""
+    """The encoder of a name or folder; "bm25" and an object with `encode` stay what they are.
+
+    Raises ValueError for bm25 with a prompt, and as `BiEncoder.load` does.
+    """
     prompts = asked.query_prompt, asked.passage_prompt
     if model == "bm25" and prompts != (None, None):
         raise ValueError("bm25 takes no prompt")

@@ -32,16 +32,16 @@ class Job:
     plan: by-level (one level a call, for small models) or all-levels (one call)
     seed, limit: only so many queries, drawn with the seed
     retries: more tries if a reply cannot be read
-    batch-size: prompts at a time; a server is asked 8 at a time
+    batch_size: prompts at a time; a server is asked 8 at a time
 
     queries: .jsonl or .txt, also .gz; `split` cuts a long one, and results can be joined
     model: built-in name, folder, hub id; of a server its name there
-    base-url: an OpenAI-compatible server, e.g. http://127.0.0.1:8000/v1; key in OPENAI_API_KEY;
+    base_url: an OpenAI-compatible server, e.g. http://127.0.0.1:8000/v1; key in OPENAI_API_KEY;
         a model that reasons needs the server's reasoning parser
     device, dtype: where and in which numbers a local model computes
 
-    max-new-tokens: of a passage
-    temperature, top-p, top-k: how tokens are drawn; top-k 0 means from all
+    max_new_tokens: of a passage
+    temperature, top_p, top_k: how tokens are drawn; top_k 0 means from all
     """
 
     out: str
@@ -132,7 +132,7 @@ class LocalGenerator:
         self.model.generation_config = GenerationConfig(eos_token_id=[end, *ends], pad_token_id=end)
 
     def prompt(self, chat: list) -> list:
-        """Token ids of a chat, ready for the model's turn."""
+        """Token ids of a chat, ready for the model's turn; ValueError if its template fails."""
         text = "\n\n".join(turn["content"] for turn in chat)
         for turns in (chat, [{"role": "user", "content": text}]):  # some refuse a system's turn
             try:

@@ -24,7 +24,10 @@ Mask = Tensor | None  # True where a passage is
 
 
 def expand_labels(labels: Tensor) -> Tensor:
-    """(B, k) -> (B, B * k): row i has its grades in columns i*k ... i*k + k-1, else 0."""
+    """(B, k) -> (B, B * k): row i has its grades in columns i*k ... i*k + k-1, else 0.
+
+    ValueError for labels of another shape.
+    """
     if labels.ndim != 2:
         raise ValueError(f"labels: expected a (B, k) matrix of grades, found {tuple(labels.shape)}")
     return torch.block_diag(*labels)
@@ -140,7 +143,7 @@ def wasserstein_gaussian(
     nuclear norm of A C^T / (B - 1), (B, B).  In float64 on the CPU, where the value stays, as
     Apple's GPUs lack it.  Only mean and covariance are seen: permute the rows of P = T, so that
     each query ranks another's passages, and loss and gradient stay 0.  Distributed
-    training must gather the batch first.
+    training must gather the batch first.  From the released code (`ws2`; arXiv 2503.23239).
     """
     x, z, _ = _logits(scores, labels, temperature, label_temperature, mask)
     p = x.cpu().double().softmax(1)  # (B, N)

@@ -40,7 +40,10 @@ def dcg(gains: Iterable) -> float:
 
 
 def ndcg(found: list, judged: Collection, k: int, gain: Callable = float) -> float:
-    """nDCG@k = DCG@k / DCG@k of the best order, with gain = grade; 0 if no grade is above 0."""
+    """nDCG@k = DCG@k / DCG@k of the best order, with gain = grade; 0 if no grade is above 0.
+
+    Järvelin & Kekäläinen 2002, "Cumulated gain-based evaluation of IR techniques".
+    """
     best = dcg(map(gain, sorted(judged, reverse=True)[:k]))
     return dcg(map(gain, found[:k])) / best if best else 0.0
 

@@ -166,7 +166,10 @@ def draw(query: str, pool: list, seed: int) -> dict:
 
 
 def calls(plan: str) -> list:
-    """The levels asked for in each call: all at once for `all-levels`, else one a call."""
+    """The levels asked for in each call: all at once for `all-levels`, one a call for `by-level`.
+
+    Raises ValueError for another plan.
+    """
     if plan not in SYSTEM:
         raise ValueError(f"plan: expected all-levels or by-level, found {plan!r}")
     if plan == "all-levels":

@@ -58,7 +58,7 @@ def tokenise(texts: list) -> list:
 
 
 def bm25(passages: list, queries: list, k: int) -> list:
-    """(row, score) of up to k passages for each query, by BM25 in Lucene's form.
+    """(row, score) of up to k passages for each query, by BM25 in Lucene's form (Robertson 1994).
 
         score(q, p) = sum over words w of q: ln(1 + (N - n_w + .5) / (n_w + .5)) f / (f + n_p)
         n_p = .9 (.6 + .4 l_p / l)
@@ -80,8 +80,7 @@ def bm25(passages: list, queries: list, k: int) -> list:
     lost = found.count([])
     if lost:
         print(
-            "bm25, with an English tokenizer: "
-            f"{lost} of {len(queries)} queries share no word with the corpus",
+            f"bm25 (English): {lost} of {len(queries)} queries share no word with the corpus",
             file=sys.stderr,
         )
     return found

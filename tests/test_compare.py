@@ -77,7 +77,7 @@ INTERVAL = "of A - B on c (test): +0.2500, 95 % interval +0.2500 to +0.2500, p =
 BAD = "expected a record with ndcg@10"
 COMPARED = [
     (record({"r": 0.25, "q": 0.5}), 0, INTERVAL),
-    (record({"q": 1, "s": 1}), 2, "the same queries in both"),
+    (record({"q": 1, "s": 1}), 2, "the same queries"),
     (record({"q": 1, "r": 1}, collection="d"), 2, "expected one collection"),
     (record({"q": 1, "r": 1}, split="dev"), 2, "expected one collection"),
     (record({}, per_query={"q": {"mrr@10": 1}}), 2, BAD),

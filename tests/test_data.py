@@ -99,11 +99,6 @@ def test_what_is_left_out_is_counted(tmp_path, capsys, part, content, message):
     assert message in capsys.readouterr().err
 
 
-def test_a_judged_passage_outside_the_corpus_stays_judged(tmp_path):
-    folder = write_collection(tmp_path, qrels=QRELS + "q2\tp9\t2\n")
-    assert load_beir(folder)[2]["q2"] == {"p2": 1, "p9": 2}
-
-
 @pytest.mark.parametrize(
     "part, content, message",
     [

@@ -124,11 +124,6 @@ def test_a_start_that_lacks_an_arm_is_not_judged_nor_in_the_summary_one_that_lac
     assert "undecided" not in report.summary(RECORDED[RECORDED["seed"] != "4"])
 
 
-def test_robustness_is_judged_on_shifted_collections():
-    claim = claims.judge(RECORDED, "base", "1-D W")[2]
-    assert claim.names == ("cranfield", "scifact", "npl", "csfcube")
-
-
 def add(folder, seed, query, value):
     """Put a run with one row among a folder's records."""
     record = {"start": "base", "arm": "KL", "seed": seed}

@@ -166,7 +166,7 @@ def test_modules_from_elsewhere_are_refused(folder, field, value):
         ([], "its modules give max_length, expected"),
         ([Pooling(16), Normalize(), LINEAR], "normalise projection, expected"),
         ([Pooling(16), LINEAR, LINEAR], "projection projection, expected"),
-        ([Pooling(16), Dense(16, 16, activation_function=None)], "expected a Dense that"),
+        ([Pooling(16), Dense(16, 16, activation_function=None)], "expected a Dense with"),
     ],
 )
 def test_other_chains_of_modules_are_refused(modules, message, tiny_bert, tmp_path):

@@ -59,11 +59,6 @@ def test_every_figure_is_described_in_words_below_it(outputs):
             assert description in words["data"]["text/markdown"]
 
 
-def test_no_line_of_code_is_cut_on_a_narrow_page(cells):
-    for cell in cells:
-        assert re.findall(".{85,}", cell.source) == []
-
-
 @pytest.mark.parametrize("number", range(1, 7))
 @pytest.mark.parametrize(
     "page, solved", [("reproduce.ipynb", False), ("tests/solutions.ipynb", True)]

@@ -90,7 +90,7 @@ def read_word_weights(config: dict) -> Tensor:
 
 
 def read_dense(folder: Path, config: dict) -> tuple:
-    """A centre where the layer only subtracts one, a linear map where it has no bias."""
+    """A centre where the layer only subtracts one, a linear map without bias; else ValueError."""
     weights = load_file(folder / "model.safetensors")
     weight = weights["linear.weight"].float()
     bias = weights.get("linear.bias", torch.zeros(1)).float()
@@ -100,13 +100,12 @@ def read_dense(folder: Path, config: dict) -> tuple:
         if torch.equal(weight, torch.eye(len(weight))):
             return "centre", -bias
     raise ValueError(
-        f"{folder}: expected a Dense that subtracts a centre or has no bias, "
-        "with an activation_function"
+        f"{folder}: expected a Dense with activation_function that only centres or has no bias"
     )
 
 
 def read_module(folder: Path, row: dict) -> tuple:
-    """The option of `BiEncoder`, (name, value), that a module of modules.json gives."""
+    """The option of `BiEncoder`, (name, value), that a row of modules.json gives, or ValueError."""
     module = re.fullmatch(MODULE, row["type"])
     path = (folder / row["path"]).resolve()
     if not module or not path.is_relative_to(folder.resolve()):

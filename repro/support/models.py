@@ -200,6 +200,7 @@ def pick_dtype(
 ) -> torch.dtype:
     """A number format by name; `auto`: bfloat16 where `device` computes in it, else float32.
 
+    ValueError for another name.
     A CPU does so for `encoding` only: what is trained or written there is the same on every CPU.
     """
     if name in ("float32", "bfloat16", "float16"):

@@ -37,7 +37,9 @@ def sif_weights(ids: list, vocabulary: int, a: float = 1e-4) -> Tensor:
 
     Arora et al. 2017, "A Simple but Tough-to-Beat Baseline for Sentence Embeddings"; a is theirs.
     """
-    tokens = [token for row in ids for token in row]
+    tokens = []
+    for row in ids:
+        tokens += row
     counts = torch.bincount(torch.tensor(tokens), minlength=vocabulary)
     return a / (a + counts / counts.sum())
 
